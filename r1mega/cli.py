@@ -1,0 +1,228 @@
+"""The command line: ``r1mega pretrain | layout | model | export``.
+
+A command is a function ``(arguments) -> exit status`` in :data:`COMMANDS`. Settings are parsed and checked before torch
+is imported, so that a mistake costs half a second. A mistake is one line on stderr, from rank 0, and exit status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+
+from r1mega.config import ConfigError
+from r1mega.parallel_state import DENSE_AXES, EXPERT_AXES, GROUP_NAMES, Layout
+from r1mega.settings import (
+    CommandParser,
+    SettingsParser,
+    is_first_rank,
+    parse,
+    world_size_from_environment,
+)
+
+AXES = tuple(dict.fromkeys(DENSE_AXES + EXPERT_AXES))
+SECONDS_FOR_FIRST_RANK = 10.0
+MOST_RANKS_SHOWN = 8  # a longer group is abbreviated for people; --json is whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a user's mistake, or the command's own."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(argv)
+    except ConfigError as error:
+        report(error)
+        return 2
+    except BrokenPipeError:
+        # The reader (head, less) has gone; what Python flushes at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def report(error: ConfigError) -> None:
+    """Print the line that explains ``error``, once for all ranks.
+
+    All ranks find the same mistake, and rank 0 says it. The others wait: torchrun ends the whole job when its first
+    process has gone, which must not be before rank 0 has spoken. A rank that is still alive after that is the only one
+    with the mistake (a file that is missing on its machine), so it speaks for itself.
+    """
+    rank = ""
+    if not is_first_rank():
+        time.sleep(SECONDS_FOR_FIRST_RANK)
+        rank = f" (rank {os.environ['RANK']})"
+    print(f"r1mega: error: {error}{rank}", file=sys.stderr)
+
+
+def run(argv: list[str]) -> int:
+    """Find the command in ``argv[0]`` and call it. Raises :class:`ConfigError`."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        if is_first_rank():
+            print(overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from r1mega import __version__
+
+        print(f"r1mega {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        raise ConfigError(f"unknown command {argv[0]}; must be one of {', '.join(COMMANDS)}")
+    return COMMANDS[argv[0]](argv[1:])
+
+
+OVERVIEW = """\
+usage: r1mega COMMAND ...
+
+Training of R1-scale mixture-of-experts models on PyTorch.
+
+commands:
+{commands}
+
+r1mega COMMAND --help explains a command and all its settings; r1mega --version prints the version."""
+
+
+def overview() -> str:
+    """The text of ``r1mega --help``."""
+    return OVERVIEW.format(commands="\n".join(f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items()))
+
+
+PRETRAIN_HELP = """\
+Pre-train a model. Settings come from YAML files and from flags; what comes later wins. Started by torchrun, the
+processes share the work as parallel.* says; started alone, it is one process.
+
+examples:
+  r1mega pretrain --config examples/configs/r1_tiny.yaml --train.num_steps 50
+  torchrun --nproc-per-node 4 -m r1mega pretrain --config examples/configs/r1_tiny.yaml --parallel.pp 2 --parallel.ep 2
+"""
+
+
+def pretrain_command(argv: list[str]) -> int:
+    """pre-train a model under any layout (start it with torchrun)"""
+    parser = SettingsParser(
+        prog="r1mega pretrain", usage="r1mega pretrain [--config FILE] [--SETTING VALUE ...]", description=PRETRAIN_HELP
+    )
+    config, _ = parse(parser, argv)
+    config.validate(world_size_from_environment())
+    from r1mega.train.pretrain import pretrain
+
+    return pretrain(config)
+
+
+LAYOUT_HELP = """\
+Print which rank works with which: the coordinate of each rank in every kind of group, then the groups. Needs no
+processes, and shows the groups that pretrain would make with the same parallel settings.
+
+examples:
+  r1mega layout --world_size 16 --parallel.tp 2 --parallel.ep 4
+  r1mega layout --world_size 2048 --config examples/configs/r1_671b.yaml --json
+"""
+
+
+def layout_command(argv: list[str]) -> int:
+    """print which ranks form which groups"""
+    parser = SettingsParser(
+        prog="r1mega layout",
+        usage="r1mega layout --world_size N [--config FILE] [--parallel.SETTING VALUE ...] [--json]",
+        description=LAYOUT_HELP,
+        shown=["parallel"],
+    )
+    parser.add_argument("--world_size", type=int, metavar="N", help="Number of processes.", required=True)
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of tables.")
+    config, options = parse(parser, argv)
+    layout = Layout.from_config(config.parallel, options.world_size)
+    print(json.dumps(layout_as_dict(layout)) if options.json else layout_as_text(layout))
+    return 0
+
+
+def layout_as_dict(layout: Layout) -> dict:
+    """Sizes, coordinates by rank and groups by name, for ``--json``."""
+    return {
+        "world_size": layout.world_size,
+        "sizes": {axis: layout.size(axis) for axis in AXES},
+        "ranks": [{"rank": rank, **layout.coordinates(rank)} for rank in range(layout.world_size)],
+        "groups": {name: layout.groups(name) for name in GROUP_NAMES},
+    }
+
+
+def layout_as_text(layout: Layout) -> str:
+    """The same as tables: one row a rank, then one paragraph a kind of group."""
+    dense, experts = (" x ".join(f"{axis}={layout.size(axis)}" for axis in axes) for axes in (DENSE_AXES, EXPERT_AXES))
+    lines = [f"{layout.world_size} ranks = {dense} (dense layers) = {experts} (experts)", ""]
+    lines.append("  rank" + "".join(f"{axis:>6}" for axis in AXES))
+    for rank in range(layout.world_size):
+        coordinates = layout.coordinates(rank)
+        lines.append(f"{rank:6}" + "".join(f"{coordinates[axis]:6}" for axis in AXES))
+    lines.append("")
+    lines += [group_as_text(name, layout.groups(name)) for name in GROUP_NAMES]
+    return "\n".join(lines)
+
+
+def group_as_text(name: str, groups: list[list[int]]) -> str:
+    """``tp          2 groups of 2: [0 1] [2 3]``, wrapped."""
+    count = f"{len(groups)} group{'s' * (len(groups) > 1)} of {len(groups[0])}"
+    title = f"{name:10}{count}:"
+    if len(groups[0]) == 1:
+        return f"{title} each rank alone" if len(groups) > 1 else f"{title} [0]"
+    shown = [ranks if len(ranks) <= MOST_RANKS_SHOWN else [*ranks[:3], "...", ranks[-1]] for ranks in groups]
+    text = " ".join(f"[{' '.join(map(str, ranks))}]" for ranks in shown)
+    return textwrap.fill(f"{title} {text}", width=116, subsequent_indent=" " * 12)
+
+
+MODEL_HELP = """\
+Print the parameters of a model: how many, of which shape, how many a token uses. Nothing is allocated, so the largest
+model fits on a laptop.
+
+examples:
+  r1mega model --config examples/configs/r1_671b.yaml
+  r1mega model --config examples/configs/r1_tiny.yaml --model.num_layers 8
+"""
+
+
+def model_command(argv: list[str]) -> int:
+    """print the parameter table of a model"""
+    parser = SettingsParser(
+        prog="r1mega model", usage="r1mega model [--config FILE] [--model.SETTING VALUE ...]", description=MODEL_HELP,
+        shown=["model"],
+    )
+    config, _ = parse(parser, argv)
+    from r1mega.model.summary import parameter_table
+
+    print(parameter_table(config))
+    return 0
+
+
+EXPORT_HELP = """\
+Write a trained model as a Hugging Face checkpoint (safetensors, config.json and the tokenizer), which transformers
+loads as it is.
+
+examples:
+  r1mega export runs/pretrain exported
+  r1mega export runs/maths-10k /models/maths-10k
+"""
+
+
+def export_command(argv: list[str]) -> int:
+    """write a run's newest checkpoint in Hugging Face's format"""
+    parser = CommandParser(prog="r1mega export", usage="r1mega export RUN OUT", description=EXPORT_HELP)
+    parser.add_argument("run", metavar="RUN", help="Folder of the run (its train.output_dir).")
+    parser.add_argument("out", metavar="OUT", help="Folder to write; made if it is not there.")
+    options = parser.parse_args(argv)
+    if not os.path.isdir(options.run):
+        raise ConfigError(f"RUN={options.run}: must be the folder of a run (its train.output_dir)")
+    from r1mega.model.export import export
+
+    export(options.run, options.out)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "pretrain": pretrain_command,
+    "layout": layout_command,
+    "model": model_command,
+    "export": export_command,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

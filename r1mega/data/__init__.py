@@ -1,0 +1,1 @@
+"""Data: tokenizer, Megatron ``.bin/.idx`` files, sample order, microbatches of a rank."""

@@ -1,0 +1,33 @@
+"""A microbatch of token sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """A microbatch of one data-parallel rank, with the counts that the losses are divided by.
+
+    Args:
+        tokens: token ids, ``[b, s]`` int64.
+        labels: the token that follows each of ``tokens``, ``[b, s]`` int64.
+        loss_mask: which labels count, ``[b, s]`` bool.
+        num_loss_tokens: labels that count in the whole global batch (all microbatches of all ranks).
+        num_sequences: sequences in the whole global batch.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    num_loss_tokens: int
+    num_sequences: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on ``device``; the copy is asynchronous where memory is pinned."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask")}
+        return dataclasses.replace(self, **moved)

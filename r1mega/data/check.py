@@ -1,0 +1,71 @@
+"""Every file that a run will read, checked before any process group is made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from r1mega.config import Config, ConfigError
+from r1mega.data.index import IndexFile, cache_folder, checksum, parse_blend, read_index
+from r1mega.data.tokenizer import Tokenizer
+
+_SCAN_TOKENS = 1 << 28
+_SCAN_WINDOWS = 64
+
+
+def check_data(config: Config, contents: bool = True) -> None:
+    """Check the files that ``config.data`` names; imports no torch.
+
+    Args:
+        config: the job.
+        contents: also compare the checksum, and look for token ids that the model does not have: in whole files up to
+            268 million tokens, in 64 places of larger ones. One process of a machine needs to do it.
+
+    Raises :class:`ConfigError`: one line that names the field and the file.
+    """
+    data = config.data
+    if not data.train:
+        raise ConfigError("data.train=[]: name at least one prefix of .bin/.idx files; see tools/prepare_data.py")
+    prefixes = {}
+    for name, blend in (("data.train", data.train), ("data.valid", data.valid)):
+        prefixes[name] = [prefix for prefix, _ in parse_blend(blend, name)]
+        for prefix in prefixes[name]:
+            index = read_index(prefix, name)
+            if (size := index.num_tokens) <= data.sequence_length:
+                raise ConfigError(
+                    f"data.sequence_length={data.sequence_length}: {prefix}.bin ({name}) has only {size} tokens"
+                )
+            if contents:
+                _check_tokens(index, config.model.vocab_size, name)
+    if contents and data.checksum is not None and (found := checksum(prefixes["data.train"])) != data.checksum:
+        files = ", ".join(prefixes["data.train"])
+        raise ConfigError(f"data.checksum={data.checksum}: the files of data.train ({files}) have {found}")
+    if data.tokenizer is not None:
+        size = Tokenizer.load(data.tokenizer).vocab_size
+        if size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size}: must be at least {size}, "
+                f"the size of data.tokenizer ({data.tokenizer})"
+            )
+    _check_cache_folder(cache_folder(prefixes["data.train"], data.cache_dir))
+
+
+def _check_tokens(index: IndexFile, vocab_size: int, name: str) -> None:
+    tokens = index.tokens()
+    window = len(tokens) if len(tokens) <= _SCAN_TOKENS else _SCAN_TOKENS // _SCAN_WINDOWS
+    for start in range(0, len(tokens), max(window, len(tokens) // _SCAN_WINDOWS)):
+        part = tokens[start : start + window]
+        for token in (int(part.min()), int(part.max())):
+            if not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"model.vocab_size={vocab_size}: {index.prefix}.bin ({name}) holds token id {token}; "
+                    "was it made with another tokenizer?"
+                )
+
+
+def _check_cache_folder(folder: Path) -> None:
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"data.cache_dir={folder}: cannot be written; name another folder")

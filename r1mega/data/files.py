@@ -1,0 +1,92 @@
+"""Files written whole or not at all: folders that appear complete, and cached arrays on top of them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path | None]:
+    """Fill a folder that appears under its name only when it is complete.
+
+    Yields the folder to fill, which is ``.NAME.partial`` beside ``target``; when the block ends it is flushed to disk
+    and renamed. Yields None where ``target`` is there already. An error inside the block leaves nothing behind; what
+    a killed process left is cleared by the next one. Of several processes one fills the folder while the others wait
+    for it; a lock that the kernel drops with its process guards this, so that a dead process keeps nobody waiting.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    lock = _lock_folder(partial, target)
+    if lock is None:
+        yield None
+        return
+    with lock:
+        _clear(partial)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+        for path in sorted(partial.iterdir()):
+            _flush(path)
+        (partial / _LOCK).unlink()
+        os.rename(partial, target)
+        _flush(target.parent)
+
+
+def _lock_folder(partial: Path, target: Path) -> IO[bytes] | None:
+    """The open lock file of ``partial``, or None as soon as ``target`` is there."""
+    while not target.exists():
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            # Closed by the caller, which drops the lock.
+            lock = open(partial / _LOCK, "ab")  # noqa: SIM115
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            # Whoever held the lock before may have renamed or removed the folder: then this lock guards nothing.
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(partial / _LOCK)):
+                return lock
+        except FileNotFoundError:
+            pass
+        lock.close()
+    return None
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cached_arrays(folder: Path, key: str, build: Callable[[], dict[str, numpy.ndarray]]) -> dict[str, numpy.ndarray]:
+    """The arrays under ``folder/key``, memory-mapped; ``build`` makes them where they are not there yet.
+
+    ``key`` must say everything that the arrays depend on. Raises OSError where the folder cannot be written.
+    """
+    target = folder / key
+    with whole_folder(target) as partial:
+        if partial is not None:
+            for name, array in build().items():
+                numpy.save(partial / f"{name}.npy", array, allow_pickle=False)
+    return {path.stem: numpy.load(path, mmap_mode="r", allow_pickle=False) for path in target.glob("*.npy")}

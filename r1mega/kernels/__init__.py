@@ -1,0 +1,1 @@
+"""Operations on tensors, one file each: no process group, no module, usable alone."""

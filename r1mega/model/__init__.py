@@ -1,0 +1,1 @@
+"""The decoder: DeepSeek-V3's, and the same with grouped-query attention."""

@@ -1,0 +1,115 @@
+"""Attention: multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) and grouped-query attention.
+
+Shapes: T tokens of the microbatch, H hidden, N local heads. Input and output are token-sharded ``[T / tp, H]``;
+heads are cut over the tensor-parallel group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from r1mega.config import ModelConfig
+from r1mega.kernels.attention import causal_attention
+from r1mega.model.rope import RotaryTable, rotate, softmax_scale
+from r1mega.parallel_state import ParallelState
+from r1mega.tensor_parallel.collectives import gather_tokens, reduce_scatter_tokens
+from r1mega.tensor_parallel.layers import Linear, RMSNorm
+
+# DeepSeek's code has this constant, whatever rms_norm_eps says of the other norms (Moonlight: 1e-5).
+LATENT_NORM_EPS = 1e-6
+
+
+class LatentAttention(nn.Module):
+    """MLA: queries, keys and values are projected up from low-rank latents.
+
+    The latents are computed on each rank's own tokens and only they are gathered: ``q_lora + kv_lora + rope``
+    numbers a token instead of H.
+    """
+
+    def __init__(self, config: ModelConfig, state: ParallelState, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        a = config.attention
+        self.group = state.group("tp")
+        self.heads = a.num_heads // state.size("tp")
+        self.kv_rank, self.nope_dim, self.rope_dim, self.v_dim = (
+            a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim,
+        )  # fmt: skip
+        self.scale = softmax_scale(a.rope, self.nope_dim + self.rope_dim)
+        options = {"dtype": dtype, "device": device}
+        q_width = a.num_heads * (self.nope_dim + self.rope_dim)
+        if a.q_lora_rank is None:
+            self.q_proj = Linear(config.hidden_size, q_width, state, "column", **options)
+        else:
+            self.q_proj = None
+            self.q_a_proj = Linear(config.hidden_size, a.q_lora_rank, state, None, **options)
+            self.q_a_layernorm = RMSNorm(a.q_lora_rank, LATENT_NORM_EPS, **options)
+            self.q_b_proj = Linear(a.q_lora_rank, q_width, state, "column", **options)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.kv_rank + self.rope_dim, state, None, **options)
+        self.kv_a_layernorm = RMSNorm(self.kv_rank, LATENT_NORM_EPS, **options)
+        self.kv_b_proj = Linear(self.kv_rank, a.num_heads * (self.nope_dim + self.v_dim), state, "column", **options)
+        self.o_proj = Linear(a.num_heads * self.v_dim, config.hidden_size, state, "row", **options)
+        self.rotary = RotaryTable(a.rope, self.rope_dim)
+
+    def forward(self, hidden_TH: Tensor, length: int) -> Tensor:
+        """``[T / tp, H] -> [T / tp, H]``; ``length`` tokens are one sequence."""
+        latent, key_rope = self.kv_a_proj_with_mqa(hidden_TH).split([self.kv_rank, self.rope_dim], dim=-1)
+        latent = gather_tokens(torch.cat([self.kv_a_layernorm(latent), key_rope], dim=-1), self.group)
+        latent, key_rope = latent.split([self.kv_rank, self.rope_dim], dim=-1)
+        if self.q_proj is None:
+            query = self.q_b_proj(gather_tokens(self.q_a_layernorm(self.q_a_proj(hidden_TH)), self.group))
+        else:
+            query = self.q_proj(gather_tokens(hidden_TH, self.group))
+        cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device)
+        query = query.view(-1, length, self.heads, self.nope_dim + self.rope_dim)
+        query_nope, query_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
+        query = torch.cat([query_nope, rotate(query_rope, cos, sin, interleaved=True)], dim=-1)
+        key_value = self.kv_b_proj(latent).view(-1, length, self.heads, self.nope_dim + self.v_dim)
+        key_nope, value = key_value.split([self.nope_dim, self.v_dim], dim=-1)
+        key_rope = rotate(key_rope.reshape(-1, length, 1, self.rope_dim), cos, sin, interleaved=True)
+        key = torch.cat([key_nope, key_rope.expand(-1, -1, self.heads, -1)], dim=-1)
+        out = _attend(query, key, value, self.scale)
+        return reduce_scatter_tokens(self.o_proj(out), self.group)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Grouped-query attention with optional QKV bias (Qwen2) and QK norm (Qwen3)."""
+
+    def __init__(self, config: ModelConfig, state: ParallelState, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        a = config.attention
+        self.group = state.group("tp")
+        self.head_dim = config.head_dim
+        self.scale = softmax_scale(a.rope, self.head_dim)
+        options = {"dtype": dtype, "device": device}
+        q_width, kv_width = a.num_heads * self.head_dim, a.kv_heads * self.head_dim
+        self.q_proj = Linear(config.hidden_size, q_width, state, "column", bias=a.qkv_bias, **options)
+        self.k_proj = Linear(config.hidden_size, kv_width, state, "column", bias=a.qkv_bias, **options)
+        self.v_proj = Linear(config.hidden_size, kv_width, state, "column", bias=a.qkv_bias, **options)
+        self.o_proj = Linear(q_width, config.hidden_size, state, "row", **options)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps, **options) if a.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps, **options) if a.qk_norm else nn.Identity()
+        self.rotary = RotaryTable(a.rope, self.head_dim)
+
+    def forward(self, hidden_TH: Tensor, length: int) -> Tensor:
+        """``[T / tp, H] -> [T / tp, H]``; ``length`` tokens are one sequence."""
+        hidden_TH = gather_tokens(hidden_TH, self.group)
+        query, key, value = (
+            projection(hidden_TH).unflatten(1, (-1, self.head_dim)).unflatten(0, (-1, length))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device)
+        query = rotate(self.q_norm(query), cos, sin, interleaved=False)
+        key = rotate(self.k_norm(key), cos, sin, interleaved=False)
+        return reduce_scatter_tokens(self.o_proj(_attend(query, key, value, self.scale)), self.group)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """``[batch, length, N, dim]`` each, to ``[T, N * v_dim]``."""
+    out = causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale)
+    return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def build_attention(config: ModelConfig, state: ParallelState, dtype: torch.dtype, device: str) -> nn.Module:
+    kind = {"mla": LatentAttention, "gqa": GroupedQueryAttention}[config.attention.kind]
+    return kind(config, state, dtype, device)

@@ -1,0 +1,71 @@
+"""Initial weights that depend on the seed and the parameter's name alone, never on the layout.
+
+Each matrix is drawn whole from a generator of its own, and a rank keeps its part; an expert is a matrix of its own, so
+that a rank draws its experts only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from r1mega.config import ModelConfig
+from r1mega.kernels.linear import local
+from r1mega.moe.router import Router
+
+DATA_AXES = ("dp", "edp")
+
+
+def local_slices(parameter: Tensor) -> tuple[slice, ...]:
+    """Which part of the global tensor this rank's shard is.
+
+    Model-parallel axes cut first (evenly); then FSDP cuts what is left over its data-parallel axis, the way
+    ``torch.chunk`` does, so that the last ranks may hold less, or nothing.
+    """
+    ranges = [[0, size] for size in parameter.shape]
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        axes = list(zip(mesh.mesh_dim_names, mesh.shape, mesh.get_coordinate(), parameter.placements, strict=True))
+        for _, size, index, placement in sorted(axes, key=lambda axis: axis[0] in DATA_AXES):
+            if placement.is_replicate():
+                continue
+            start, stop = ranges[placement.dim]
+            step = -(-(stop - start) // size)
+            ranges[placement.dim] = [min(start + index * step, stop), min(start + (index + 1) * step, stop)]
+    return tuple(slice(start, stop) for start, stop in ranges)
+
+
+def _draw(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float32) * std
+
+
+@torch.no_grad()
+def initialize(stage: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill the local shards of every parameter and buffer of a stage.
+
+    Matrices are normal with ``config.init_std``, norms one, biases zero. Float32 numbers in any dtype, so that runs in
+    different precisions start alike.
+    """
+    for name, parameter in stage.named_parameters():
+        shard, slices = local(parameter), local_slices(parameter)
+        if name.endswith(".bias"):
+            shard.zero_()
+        elif parameter.dim() == 1:
+            shard.fill_(1.0)
+        elif parameter.dim() == 2:
+            if shard.numel():
+                shard.copy_(_draw(name, parameter.shape, config.init_std, seed)[slices])
+        else:
+            for row, expert in enumerate(range(slices[0].start, slices[0].stop)):
+                matrix = _draw(f"{name}.{expert}", parameter.shape[1:], config.init_std, seed)
+                shard[row].copy_(matrix[slices[1:]])
+    for module in stage.modules():
+        if isinstance(module, Router):
+            if module.e_score_correction_bias is not None:
+                module.e_score_correction_bias.zero_()
+            module.tokens_per_expert.zero_()

@@ -1,0 +1,136 @@
+"""One pipeline stage of the model: the blocks placed on it, run in order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from r1mega.config import ModelConfig
+from r1mega.data.batch import Batch
+from r1mega.model.decoder import DecoderLayer, MTPLayer
+from r1mega.parallel_state import ParallelState
+from r1mega.pipeline.executor import StageOutput
+from r1mega.pipeline.partition import Block
+from r1mega.tensor_parallel.collectives import gather_tokens, reduce_scatter_tokens
+from r1mega.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from r1mega.tensor_parallel.layers import Embedding, Linear, RMSNorm
+
+
+class Stage(nn.Module):
+    """The blocks of one stage. Parameter names are global: they do not depend on the cut.
+
+    Between stages travels ``(hidden,)`` with ``hidden [T / tp, H]``; after the last decoder layer it is normalised, and
+    each MTP layer adds a tensor of the same shape behind it.
+
+    Args:
+        config: the model.
+        state: the process groups.
+        blocks: what stands on this stage, in order.
+        dtype: of the parameters.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, config: ModelConfig, state: ParallelState, blocks: Sequence[Block], dtype: torch.dtype, device: str
+    ) -> None:
+        super().__init__()
+        self.config, self.group = config, state.group("tp")
+        placed = {kind: [block.index for block in blocks if block.kind == kind] for kind in "EtmL"}
+        self.is_first, self.is_last = bool(placed["E"]), bool(placed["L"])
+        tied_head = self.is_last and config.tie_embeddings
+        needs_embedding = self.is_first or bool(placed["m"]) or tied_head
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embed_tokens = Embedding(vocab, hidden, state, dtype, device) if needs_embedding else None
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i, state, dtype, device) for i in placed["t"]})
+        has_norm = config.num_layers - 1 in placed["t"]
+        self.norm = RMSNorm(hidden, config.norm_eps, dtype, device) if has_norm else None
+        self.mtp = nn.ModuleDict({str(i): MTPLayer(config, i, state, dtype, device) for i in placed["m"]})
+        self.lm_head = None
+        if self.is_last:
+            self.lm_head = Linear(hidden, vocab, state, "column", dtype=dtype, device=device)
+        if tied_head:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, activations: tuple[Tensor, ...], batch: Batch) -> StageOutput:
+        """Run one microbatch.
+
+        Without labels the last stage returns ``metrics["logits"]``, ``[tokens, vocabulary]``, and no loss.
+        """
+        length = batch.tokens.shape[1]
+        losses: dict[str, list[Tensor]] = defaultdict(list)
+        streams = (self._embed(batch.tokens),) if self.is_first else activations
+        for layer in self.layers.values():
+            hidden, layer_losses = layer(streams[0], length, batch.num_sequences)
+            streams = (hidden,)
+            _collect(losses, layer_losses)
+        if self.norm is not None:
+            streams = (self.norm(streams[0]),)
+        if batch.labels is not None:
+            for index, layer in self.mtp.items():
+                embedded = self._embed(_ahead(batch.labels, int(index)))
+                hidden, layer_losses = layer(streams[-1], embedded, length, batch.num_sequences)
+                streams = (*streams, hidden)
+                _collect(losses, layer_losses)
+        metrics = {name: torch.stack(values).sum().detach() for name, values in losses.items()}
+        flat_losses = tuple(loss for values in losses.values() for loss in values)
+        if not self.is_last:
+            return StageOutput(streams, flat_losses, metrics)
+        if batch.labels is None:
+            return StageOutput(metrics={"logits": self._logits(streams[0])})
+        predictions = [self._prediction_loss(hidden, depth, batch) for depth, hidden in enumerate(streams)]
+        metrics |= self._prediction_metrics(predictions)
+        coefficients = [1.0] + [self.config.mtp_loss_coefficient / max(len(predictions) - 1, 1)] * (len(predictions) - 1)
+        weighted = (loss * coefficient for loss, coefficient in zip(predictions, coefficients, strict=True))
+        return StageOutput((), (*flat_losses, *weighted), metrics)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return reduce_scatter_tokens(self.embed_tokens(ids.flatten()), self.group)
+
+    def _prediction_loss(self, hidden: Tensor, depth: int, batch: Batch) -> Tensor:
+        """Mean over the tokens of the whole global batch, for MTP layers too (DeepSeek-V3, equation 24)."""
+        labels, mask = _ahead(batch.labels, depth), _ahead(batch.loss_mask, depth) & batch.loss_mask
+        logits = self.lm_head(gather_tokens(hidden, self.group))
+        loss = vocab_parallel_cross_entropy(logits, labels.flatten(), self.group)
+        return (loss * mask.flatten()).sum() / batch.num_loss_tokens
+
+    def _prediction_metrics(self, predictions: list[Tensor]) -> dict[str, Tensor]:
+        """``loss``, and ``mtp_loss`` as the mean over MTP layers. The tensor-parallel ranks hold the same values; one reports."""
+        values = torch.stack([loss.detach() for loss in predictions])
+        if self.group.rank() != 0:
+            values = torch.zeros_like(values)
+        return {"loss": values[0]} | ({"mtp_loss": values[1:].mean()} if len(predictions) > 1 else {})
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(gather_tokens(hidden, self.group))
+        if self.group.size() == 1:
+            return logits
+        parts = [torch.empty_like(logits) for _ in range(self.group.size())]
+        dist.all_gather(parts, logits.contiguous(), group=self.group)
+        return torch.cat(parts, dim=1)
+
+
+def _ahead(values: Tensor, steps: int) -> Tensor:
+    """``[b, s]`` shifted left by ``steps``; what runs in from the right is zero (or False)."""
+    if steps == 0:
+        return values
+    return torch.cat([values[:, steps:], torch.zeros_like(values[:, :steps])], dim=1)
+
+
+def _collect(losses: dict[str, list[Tensor]], more: dict[str, Tensor]) -> None:
+    for name, loss in more.items():
+        losses[name].append(loss)
+
+
+def build_stage(
+    config: ModelConfig,
+    state: ParallelState,
+    blocks: Sequence[Block],
+    dtype: torch.dtype = torch.float32,
+    device: str = "meta",
+) -> Stage:
+    """Build the blocks of one stage; on ``meta`` nothing is allocated. See :class:`Stage`."""
+    return Stage(config, state, blocks, dtype, device)

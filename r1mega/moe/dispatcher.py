@@ -1,0 +1,163 @@
+"""Moves tokens to the ranks that hold their experts and the results back, by all-to-all.
+
+Each way has three steps, so that an executor can put other work under the communication::
+
+    dispatch    prepare (sort rows by expert)   communicate (exchange)   finish (rows of one expert together)
+    combine     prepare (order of arrival)      communicate (exchange)   finish (sum the rows of each token)
+
+Shapes: T local tokens, H hidden, E experts, K experts a token, S routed rows sent, R routed rows received.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from r1mega.kernels.permute import RowMap, combine, map_rows, pad_rows, permute, reorder
+from r1mega.moe.collectives import all_to_all_rows, gather_rows, reduce_scatter_rows
+from r1mega.moe.router import Routing
+
+
+@dataclass
+class Dispatch:
+    """One microbatch's rows on their way through one layer.
+
+    Args:
+        rows: ``[S or R, H]`` at the present step.
+        weights: ``[S or R]``, the router's weight of each row.
+        row_map: which rows belong to which token.
+        sent: ``[ep]`` rows that go to each rank.
+        received: ``[ep]`` rows that come from each rank.
+        gathered: ``[etp]`` rows of each rank that shares these experts.
+        counts: ``[local experts]`` rows of each local expert.
+        order: arrival order to expert order; None where they are the same.
+        inverse: expert order to arrival order.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    row_map: RowMap
+    sent_per_expert: Tensor
+    sent: list[int]
+    received: list[int]
+    gathered: list[int]
+    counts: list[int]
+    order: Tensor | None = None
+    inverse: Tensor | None = None
+
+
+class AllToAllDispatcher:
+    """Token dispatch over the expert-parallel group ``ep`` and the group ``etp`` that cuts each expert.
+
+    Args:
+        num_experts: E; rank r of ``ep`` holds experts ``r * E / ep`` to ``(r + 1) * E / ep``.
+        ep: expert-parallel group.
+        etp: group of the ranks that hold parts of the same experts.
+    """
+
+    def __init__(self, num_experts: int, ep: ProcessGroup, etp: ProcessGroup) -> None:
+        self.num_experts, self.ep, self.etp = num_experts, ep, etp
+        self.local_experts = num_experts // ep.size()
+
+    def dispatch(
+        self, hidden_TH: Tensor, routing: Routing, may_drop: bool = False, padded_capacity: int | None = None
+    ) -> Dispatch:
+        """All three steps of the dispatch. Returns rows and weights sorted by local expert."""
+        d = self.dispatch_prepare(hidden_TH, routing, may_drop, padded_capacity)
+        return self.dispatch_finish(self.dispatch_communicate(d))
+
+    def combine(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
+        """All three steps of the combine: ``[R, H] -> [T, H]``."""
+        return self.combine_finish(self.combine_communicate(self.combine_prepare(rows_RH, d), d), d)
+
+    def dispatch_prepare(
+        self, hidden_TH: Tensor, routing: Routing, may_drop: bool = False, padded_capacity: int | None = None
+    ) -> Dispatch:
+        """Copy tokens to routed rows, sorted by expert.
+
+        Args:
+            hidden_TH: ``[T, H]``.
+            routing: experts and weights of each token.
+            may_drop: whether some choices are dropped.
+            padded_capacity: pad the rows of each expert to this many.
+        """
+        slot_of_row, counts, row_map = map_rows(routing.experts_TK, self.num_experts, may_drop)
+        weights = routing.weights_TK.flatten().index_select(0, slot_of_row)
+        if padded_capacity is not None:
+            weights, counts, row_map = pad_rows(weights, counts, row_map, padded_capacity)
+        return Dispatch(permute(hidden_TH, row_map), weights, row_map, counts, [], [], [], [])
+
+    def dispatch_communicate(self, d: Dispatch) -> Dispatch:
+        """Exchange counts, rows and weights. The split sizes are read on the host here."""
+        if self.ep.size() == 1 and self.etp.size() == 1:
+            d.counts = d.sent_per_expert.tolist()
+            return d
+        counts = d.sent_per_expert.view(self.ep.size(), self.local_experts)
+        received = _exchange_counts(counts, self.ep)
+        shared = _all_gather_counts(received, self.etp)
+        d.sent = counts.sum(1).tolist()
+        d.received = received.sum(1).tolist()
+        d.gathered = shared.sum((1, 2)).tolist()
+        d.counts = shared.sum((0, 1)).tolist()
+        d.rows = gather_rows(all_to_all_rows(d.rows, d.received, d.sent, self.ep), d.gathered, self.etp)
+        d.weights = gather_rows(all_to_all_rows(d.weights, d.received, d.sent, self.ep), d.gathered, self.etp)
+        d.order, d.inverse = _expert_order(shared.flatten(0, 1), d.rows.device)
+        return d
+
+    def dispatch_finish(self, d: Dispatch) -> Dispatch:
+        """Bring the rows of each local expert together."""
+        if d.order is not None:
+            d.rows, d.weights = reorder(d.rows, d.order, d.inverse), reorder(d.weights, d.order, d.inverse)
+        return d
+
+    def combine_prepare(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
+        """Back into the order of arrival."""
+        return rows_RH if d.order is None else reorder(rows_RH, d.inverse, d.order)
+
+    def combine_communicate(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
+        """Sum the parts of each expert and send the rows back to their tokens' rank."""
+        rows = reduce_scatter_rows(rows_RH, d.gathered, self.etp)
+        return all_to_all_rows(rows, d.sent, d.received, self.ep)
+
+    def combine_finish(self, rows_SH: Tensor, d: Dispatch) -> Tensor:
+        """Sum the rows of each token (the experts applied the weights): ``[S, H] -> [T, H]``."""
+        return combine(rows_SH, d.row_map)
+
+
+def _exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
+    """``[ep, local experts]`` to send, to ``[ep, local experts]`` to receive."""
+    if group.size() == 1:
+        return counts
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts.contiguous(), group=group)
+    return received
+
+
+def _all_gather_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
+    """``[etp, ep, local experts]``: what each rank that shares these experts received."""
+    if group.size() == 1:
+        return counts.unsqueeze(0)
+    gathered = counts.new_empty(group.size(), *counts.shape)
+    dist.all_gather_into_tensor(gathered, counts.unsqueeze(0), group=group)
+    return gathered
+
+
+def _expert_order(counts: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """The permutation from (source, expert) to (expert, source) order of row blocks, and its inverse.
+
+    Args:
+        counts: ``[sources, local experts]`` rows of each block.
+        device: of the result.
+    """
+    if counts.shape[0] == 1 or counts.shape[1] == 1:
+        return None, None
+    blocks = torch.arange(int(counts.sum()), device=device).split(counts.flatten().tolist())
+    experts = counts.shape[1]
+    order = torch.cat([block for expert in range(experts) for block in blocks[expert::experts]])
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0], device=device)
+    return order, inverse

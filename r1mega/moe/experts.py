@@ -1,0 +1,53 @@
+"""The routed experts of one layer: grouped SwiGLU feed-forwards.
+
+Shapes: R routed rows, H hidden, E local experts, F expert width of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+
+from r1mega.config import MoEConfig
+from r1mega.kernels.linear import WeightGradients, grouped_linear
+from r1mega.kernels.swiglu import swiglu
+from r1mega.parallel_state import ParallelState
+from r1mega.tensor_parallel.layers import cut_parameter
+
+
+class Experts(nn.Module):
+    """``down(silu(gate(x)) * up(x) * weight)`` of each row's expert.
+
+    Experts are cut over ``ep``; each expert's width over ``etp``, where the result is a partial sum.
+    """
+
+    def __init__(
+        self, hidden_size: int, config: MoEConfig, state: ParallelState, dtype: torch.dtype, device: str
+    ) -> None:
+        super().__init__()
+        self.weight_gradients: WeightGradients | None = None
+        experts, width = config.num_experts, config.ffn_hidden_size
+        mesh = state.expert_mesh["ep", "etp"]
+        column, row = [Shard(0), Shard(1)], [Shard(0), Shard(2)]
+        self.gate_proj = cut_parameter((experts, width, hidden_size), mesh, column, dtype, device)
+        self.up_proj = cut_parameter((experts, width, hidden_size), mesh, column, dtype, device)
+        self.down_proj = cut_parameter((experts, hidden_size, width), mesh, row, dtype, device)
+
+    def forward(self, rows_RH: Tensor, weights_R: Tensor, counts: Sequence[int]) -> Tensor:
+        """Run each row through its expert.
+
+        Args:
+            rows_RH: ``[R, H]``, sorted by local expert.
+            weights_R: ``[R]``, the router's weight of each row.
+            counts: rows of each local expert.
+
+        Returns:
+            ``[R, H]``.
+        """
+        store = self.weight_gradients
+        gate_RF = grouped_linear(rows_RH, self.gate_proj, counts, store)
+        up_RF = grouped_linear(rows_RH, self.up_proj, counts, store)
+        return grouped_linear(swiglu(gate_RF, up_RF, weights_R), self.down_proj, counts, store)

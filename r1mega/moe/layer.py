@@ -1,0 +1,56 @@
+"""The mixture-of-experts feed-forward of a decoder layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from r1mega.config import MoEConfig
+from r1mega.tensor_parallel.feed_forward import FeedForward
+from r1mega.moe.dispatcher import AllToAllDispatcher, Dispatch
+from r1mega.moe.experts import Experts
+from r1mega.moe.router import Router, Routing, expert_capacity
+from r1mega.parallel_state import ParallelState
+
+
+class MoELayer(nn.Module):
+    """Router, dispatch, routed experts, combine; plus the shared expert.
+
+    Token-sharded in and out: ``[T / tp, H] -> [T / tp, H]``. ``forward`` runs the steps in order; an executor that
+    overlaps two microbatches calls them one by one.
+    """
+
+    def __init__(
+        self, hidden_size: int, config: MoEConfig, state: ParallelState, dtype: torch.dtype, device: str
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = Router(hidden_size, config, state, dtype, device)
+        self.experts = Experts(hidden_size, config, state, dtype, device)
+        shared_width = config.num_shared_experts * config.ffn_hidden_size
+        self.shared_experts = FeedForward(hidden_size, shared_width, state, dtype, device) if shared_width else None
+        self.dispatcher = AllToAllDispatcher(config.num_experts, state.group("ep"), state.group("etp"))
+
+    def forward(self, hidden_TH: Tensor, length: int, num_sequences: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the output and the router's losses.
+
+        Args:
+            hidden_TH: ``[T / tp, H]``.
+            length: tokens of a sequence.
+            num_sequences: sequences of the whole global batch.
+        """
+        routing = self.gate(hidden_TH, length, num_sequences)
+        dispatched = self.dispatch(hidden_TH, routing, length)
+        rows = self.experts(dispatched.rows, dispatched.weights, dispatched.counts)
+        output = self.dispatcher.combine(rows, dispatched)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(hidden_TH)
+        return output, routing.losses
+
+    def dispatch(self, hidden_TH: Tensor, routing: Routing, length: int) -> Dispatch:
+        """Send the tokens to their experts."""
+        may_drop, capacity = self.config.capacity_factor is not None, None
+        if self.config.pad_to_capacity:
+            sequences = hidden_TH.shape[0] * self.gate.group.size() // length
+            capacity = min(hidden_TH.shape[0], sequences * expert_capacity(self.config, length))
+        return self.dispatcher.dispatch(hidden_TH, routing, may_drop, capacity)

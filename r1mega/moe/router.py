@@ -1,0 +1,173 @@
+"""The router: which experts a token goes to, and with which weight.
+
+Shapes: T local tokens, H hidden, E experts, K experts a token, B sequences of the microbatch.
+All arithmetic is in float32 or wider; scores, choice and weights follow DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from r1mega.config import MoEConfig
+from r1mega.parallel_state import ParallelState
+
+
+@dataclass
+class Routing:
+    """What the router decided.
+
+    Args:
+        experts_TK: ``[T, K]`` int64; E marks a choice dropped for capacity.
+        weights_TK: ``[T, K]`` float32 or wider; carries the router's gradient.
+        losses: scalar losses by name, already weighted and divided by global counts.
+    """
+
+    experts_TK: Tensor
+    weights_TK: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, config: MoEConfig) -> Tensor:
+    """The K experts of each token: the best biased scores inside the best groups. ``[T, K]`` int64."""
+    choice = scores_TE.detach()
+    if bias_E is not None:
+        choice = choice + bias_E
+    if config.num_groups > 1:
+        grouped = choice.unflatten(1, (config.num_groups, -1))
+        best_groups = grouped.topk(2, dim=-1).values.sum(-1).topk(config.top_k_groups, dim=-1).indices
+        left_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter_(1, best_groups, False)
+        choice = grouped.masked_fill(left_out.unsqueeze(-1), -math.inf).flatten(1)
+    return choice.topk(config.top_k, dim=-1).indices
+
+
+def balance_loss(probabilities_TE: Tensor, counts_BE: Tensor, sequence_T: Tensor, length: int, top_k: int) -> Tensor:
+    """This rank's part of the sequence-wise balance loss, summed over sequences (DeepSeek-V3, equations 17-20).
+
+    ``sum_i f_i P_i`` with ``f_i = E / (K length) * counts_i`` and ``P_i`` the mean probability over the sequence. Linear
+    in the tokens once the counts are known, so the parts of the ranks that share a sequence add up to the whole.
+
+    Args:
+        probabilities_TE: ``[T, E]``, scores divided by their sum.
+        counts_BE: ``[B, E]``, how often each expert was chosen by the whole sequence.
+        sequence_T: ``[T]``, the sequence of each local token.
+        length: tokens of a sequence.
+        top_k: K.
+    """
+    fractions_BE = counts_BE.to(probabilities_TE.dtype) * (probabilities_TE.shape[1] / (top_k * length))
+    return (probabilities_TE * fractions_BE.index_select(0, sequence_T)).sum() / length
+
+
+def drop_over_capacity(experts_TK: Tensor, weights_TK: Tensor, length: int, num_experts: int, capacity: int) -> Tensor:
+    """Keep, for each sequence and expert, the ``capacity`` tokens with the highest weights; mark the rest with E.
+
+    Args:
+        experts_TK: ``[B * length, K]``, whole sequences.
+        weights_TK: ``[B * length, K]``.
+        length: tokens of a sequence.
+        num_experts: E.
+        capacity: tokens that an expert takes of a sequence.
+    """
+    weights_TE = weights_TK.new_full((experts_TK.shape[0], num_experts), -1.0)
+    weights_TE.scatter_(1, experts_TK, weights_TK.detach())
+    by_sequence = weights_TE.view(-1, length, num_experts)
+    best = by_sequence.topk(min(capacity, length), dim=1).indices
+    kept = torch.zeros_like(by_sequence, dtype=torch.bool).scatter_(1, best, True).flatten(0, 1)
+    return experts_TK.masked_fill(~kept.gather(1, experts_TK), num_experts)
+
+
+class Router(nn.Module):
+    """Scores, choice, weights, balance statistics and losses. Its weight is whole on every rank.
+
+    ``tokens_per_expert`` counts the choices of this rank's tokens since it was last reset, in integers: sums of them are
+    exact in any order.
+    """
+
+    def __init__(
+        self, hidden_size: int, config: MoEConfig, state: ParallelState, dtype: torch.dtype, device: str
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.group: ProcessGroup = state.group("tp")
+        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype, device=device))
+        bias = torch.empty(config.num_experts, dtype=torch.float32, device=device) if config.score_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+        counts = torch.empty(config.num_experts, dtype=torch.int64, device=device)
+        self.register_buffer("tokens_per_expert", counts, persistent=False)
+
+    def forward(self, hidden_TH: Tensor, length: int, num_sequences: int) -> Routing:
+        """Route ``[T, H]`` local tokens.
+
+        Args:
+            hidden_TH: consecutive tokens of the microbatch; rank r of the tensor-parallel group holds the r-th part.
+            length: tokens of a sequence.
+            num_sequences: sequences of the whole global batch, the normaliser of the losses.
+        """
+        config = self.config
+        wide = torch.promote_types(hidden_TH.dtype, torch.float32)
+        logits = hidden_TH.to(wide) @ self.weight.to(wide).t()
+        scores = logits.sigmoid() if config.score_function == "sigmoid" else logits.softmax(dim=-1)
+        first = self.group.rank() * hidden_TH.shape[0]
+        position = torch.arange(first, first + hidden_TH.shape[0], device=hidden_TH.device)
+        if config.force_balance:
+            slots = position.unsqueeze(1) * config.top_k + torch.arange(config.top_k, device=position.device)
+            experts = slots % config.num_experts
+        else:
+            experts = choose_experts(scores, self.e_score_correction_bias, config)
+        weights = scores.gather(1, experts)
+        if config.normalize_top_k:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        routing = Routing(experts, weights * config.routed_scaling_factor)
+        if torch.is_grad_enabled():
+            self.tokens_per_expert += torch.bincount(experts.flatten(), minlength=config.num_experts)
+            self._add_losses(routing, logits, scores, position // length, length, num_sequences)
+        if config.capacity_factor is not None:
+            self._drop(routing, length)
+        return routing
+
+    def _add_losses(
+        self, routing: Routing, logits: Tensor, scores: Tensor, sequence_T: Tensor, length: int, num_sequences: int
+    ) -> None:
+        config = self.config
+        if config.aux_loss_coefficient:
+            probabilities = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+            counts = self._counts_of_sequences(routing.experts_TK, sequence_T, length)
+            loss = balance_loss(probabilities, counts, sequence_T, length, config.top_k)
+            routing.losses["aux_loss"] = loss * (config.aux_loss_coefficient / num_sequences)
+        if config.z_loss_coefficient:
+            loss = logits.logsumexp(dim=-1).square().sum()
+            routing.losses["z_loss"] = loss * (config.z_loss_coefficient / (num_sequences * length))
+
+    def _counts_of_sequences(self, experts_TK: Tensor, sequence_T: Tensor, length: int) -> Tensor:
+        num_sequences = experts_TK.shape[0] * self.group.size() // length
+        slots = sequence_T.unsqueeze(1) * self.config.num_experts + experts_TK
+        counts = torch.bincount(slots.flatten(), minlength=num_sequences * self.config.num_experts)
+        if self.group.size() > 1:
+            dist.all_reduce(counts, group=self.group)
+        return counts.view(num_sequences, self.config.num_experts)
+
+    @torch.no_grad()
+    def _drop(self, routing: Routing, length: int) -> None:
+        config = self.config
+        experts, weights = routing.experts_TK, routing.weights_TK.detach()
+        if self.group.size() > 1:
+            experts, weights = _gather(experts, self.group), _gather(weights, self.group)
+        capacity = expert_capacity(config, length)
+        experts = drop_over_capacity(experts, weights, length, config.num_experts, capacity)
+        routing.experts_TK = experts.chunk(self.group.size())[self.group.rank()]
+
+
+def expert_capacity(config: MoEConfig, length: int) -> int:
+    """Tokens that one expert takes of a sequence of ``length`` tokens."""
+    return math.ceil(config.capacity_factor * config.top_k * length / config.num_experts)
+
+
+def _gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    gathered = tensor.new_empty(tensor.shape[0] * group.size(), *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
+    return gathered

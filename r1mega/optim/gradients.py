@@ -1,0 +1,124 @@
+"""Gradients across layouts: the sums that are still missing after data parallelism, the global norm, clipping.
+
+Everything follows from where a parameter is (its DTensor mesh); no parameter carries a tag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from r1mega.parallel_state import ParallelState
+
+SHARED_PARAMETER = "embed_tokens.weight"
+
+
+class Gradients:
+    """The gradients of all parameters of one rank. Building it is a collective call.
+
+    Args:
+        parameters: names and shards, as :func:`r1mega.train.sharding.named_shards` gives them.
+        state: the layout's groups.
+    """
+
+    def __init__(self, parameters: Sequence[tuple[str, DTensor]], state: ParallelState) -> None:
+        self._state = state
+        self._parameters = [parameter for _, parameter in parameters]
+        self._whole = [parameter for parameter in self._parameters if _is_whole_on_tp(parameter)]
+        self._copies = [parameter for name, parameter in parameters if name == SHARED_PARAMETER]
+        holders = _stages_with_copy(bool(self._copies), state)
+        self._copies_group = _copies_group(holders, state)
+        self._counted = self._counted_once(first_holder=min(holders, default=0))
+
+    def _counted_once(self, first_holder: int) -> list[DTensor]:
+        """The parameters that this rank adds to the norm, so that over all ranks each element is there once."""
+        left_out = set() if self._state.rank_in("tp") == 0 else set(map(id, self._whole))
+        first = 1 if self._state.rank_in("pp") == first_holder else 0
+        left_out |= set(map(id, self._copies[first:]))
+        return [parameter for parameter in self._parameters if id(parameter) not in left_out]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Complete the gradients that data parallelism has summed: over ``tp``, and over copies on other stages."""
+        if self._state.size("tp") > 1:
+            _all_reduce_together(_local_gradients(self._whole), self._state.group("tp"))
+        if self._copies_group is not None or len(self._copies) > 1:
+            self._sum_copies()
+
+    def _sum_copies(self) -> None:
+        copies = _local_gradients(self._copies)
+        if not copies:
+            return
+        total = torch.stack(copies).sum(0) if len(copies) > 1 else copies[0].contiguous()
+        if self._copies_group is not None:
+            dist.all_reduce(total, group=self._copies_group)
+        for copy in copies:
+            copy.copy_(total)
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """The 2-norm of the whole model's gradient, each element counted once, the same on every rank."""
+        gradients = _local_gradients(self._counted)
+        total = torch.zeros((), dtype=torch.float64, device=self._state.device)
+        if gradients:
+            # Norms of single tensors may be float32, but their squares are added in float64.
+            norms = torch.stack(torch._foreach_norm(gradients, 2))
+            total += norms.double().square().sum()
+        if self._state.layout.world_size > 1:
+            dist.all_reduce(total)
+        return total.sqrt().item()
+
+    @torch.no_grad()
+    def clip(self, norm: float, max_norm: float) -> None:
+        """Scale all gradients in place so that their global norm, now ``norm``, is at most ``max_norm``.
+
+        The factor is that of ``torch.nn.utils.clip_grad_norm_``: ``max_norm / (norm + 1e-6)``, at most 1.
+        """
+        factor = max_norm / (norm + 1e-6)
+        if factor < 1.0:
+            torch._foreach_mul_(_local_gradients(self._parameters), factor)
+
+
+def _is_whole_on_tp(parameter: DTensor) -> bool:
+    """Whether each tensor-parallel rank has the parameter whole, and so only a part of its gradient's sum."""
+    names = parameter.device_mesh.mesh_dim_names
+    return "tp" not in names and "ep" not in names
+
+
+def _local_gradients(parameters: Sequence[DTensor]) -> list[Tensor]:
+    return [parameter.grad.to_local() for parameter in parameters]
+
+
+def _all_reduce_together(tensors: list[Tensor], group: ProcessGroup) -> None:
+    """Sum tensors of one dtype in place, in one message."""
+    if not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+
+
+def _stages_with_copy(has_copy: bool, state: ParallelState) -> list[int]:
+    """Pipeline ranks that hold ``embed_tokens.weight``."""
+    flag = torch.tensor([int(has_copy)], device=state.device)
+    flags = [torch.empty_like(flag) for _ in range(state.size("pp"))]
+    dist.all_gather(flags, flag, group=state.group("pp"))
+    return [stage for stage, held in enumerate(flags) if held.item()]
+
+
+def _copies_group(holders: list[int], state: ParallelState) -> ProcessGroup | None:
+    """The group of this rank for the sum over copies; None where there is one copy or this rank has none."""
+    if len(holders) < 2:
+        return None
+    found = None
+    for ranks in state.layout.groups("pp"):
+        members = [ranks[holder] for holder in holders]
+        group = dist.new_group(members)
+        found = group if state.rank in members else found
+    return found

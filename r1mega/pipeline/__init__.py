@@ -1,0 +1,1 @@
+"""Pipeline schedules as data: tables, a checker, and an executor for plain ``nn.Module`` stages."""

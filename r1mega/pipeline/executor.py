@@ -1,0 +1,187 @@
+"""Runs a schedule table: every rank runs its row, stages are plain modules, messages are derived from the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from r1mega.pipeline.actions import Kind, Table
+from r1mega.pipeline.checker import check
+from r1mega.pipeline.transfers import Message, Program, Step, programs
+from r1mega.pipeline.transport import PeerError, ProcessGroupTransport, Transport
+from r1mega.pipeline.weight_gradient import WeightGradientStore
+
+
+@dataclass(slots=True)
+class StageOutput:
+    """What a stage returns for one microbatch.
+
+    Args:
+        activations: tensors for the next stage, of any shape and type; empty on the last stage.
+        losses: scalars that are differentiated with gradient 1, on whichever stage they arise.
+        metrics: tensors that are summed over microbatches.
+    """
+
+    activations: tuple[Tensor, ...] = ()
+    losses: tuple[Tensor, ...] = ()
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Saved:
+    """What a backward needs: the inputs that want a gradient, and where the graph of the outputs begins.
+
+    Edges and not tensors, so that the memory of an output can go as soon as it has been sent.
+    """
+
+    inputs: list[Tensor]
+    activations: list[GradientEdge]
+    losses: list[Tensor]
+
+
+class PipelineError(RuntimeError):
+    """A run that broke because of another rank. Names this rank, the action, and the rank that it waited for."""
+
+
+class PipelineExecutor:
+    """Runs a table on this rank, again and again.
+
+    Args:
+        table: the schedule; checked here.
+        stages: the stages of this rank by number. A stage is called ``stage(activations, microbatch)`` with a tuple of
+            tensors (empty on stage 0) and returns a :class:`StageOutput`. Modules in it with an attribute
+            ``weight_gradients`` get the store of this executor.
+        group: the ranks of the pipeline in the order of the table; None where the table has one rank.
+        reduce_gradients: what R calls with the number of the stage.
+        transport: moves messages; by default over ``group``.
+
+    Raises:
+        ScheduleError: the table cannot run.
+        ValueError: stages or group do not fit the table.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        stages: Mapping[int, nn.Module],
+        group: dist.ProcessGroup | None,
+        reduce_gradients: Callable[[int], None] | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        check(table)
+        num_ranks = 1 if group is None else dist.get_world_size(group)
+        if num_ranks != table.num_ranks:
+            raise ValueError(f"the schedule is for {table.num_ranks} ranks, the process group has {num_ranks}")
+        self.rank = 0 if group is None else dist.get_rank(group)
+        if sorted(stages) != table.stages_of(self.rank):
+            raise ValueError(f"rank {self.rank} holds stages {table.stages_of(self.rank)}, not {sorted(stages)}")
+        self.table, self.stages = table, dict(stages)
+        self.weight_gradients = WeightGradientStore()
+        self._reduce_gradients = reduce_gradients
+        self._programs = {only: programs(table, forward_only=only)[self.rank] for only in (False, True)}
+        if transport is None and group is not None and num_ranks > 1:
+            parameter = next((p for stage in stages.values() for p in stage.parameters()), None)
+            transport = ProcessGroupTransport(group, torch.device("cpu") if parameter is None else parameter.device)
+        self._transport = transport
+        self._local: dict[Message, tuple[Tensor, ...]] = {}
+        self._saved: dict[tuple[int, int], _Saved] = {}
+        for stage in stages.values():
+            for module in stage.modules():
+                if hasattr(module, "weight_gradients"):
+                    module.weight_gradients = self.weight_gradients
+
+    def run(self, microbatches: Sequence[Any], forward_only: bool = False) -> dict[str, Tensor]:
+        """Run the table once; gradients are added to those that the parameters hold.
+
+        Args:
+            microbatches: what every stage gets, one for each microbatch of the table; shapes may differ.
+            forward_only: run the F actions alone, without a graph.
+
+        Returns:
+            The metrics of this rank's stages, summed over microbatches (on the device: nothing here waits for a GPU).
+
+        Raises:
+            PipelineError: a peer died or did not answer.
+            RuntimeError: a layer's weight gradients were never computed.
+        """
+        if len(microbatches) != self.table.num_microbatches:
+            raise ValueError(f"the schedule is for {self.table.num_microbatches} microbatches, not {len(microbatches)}")
+        for left_by_a_failed_run in (self._local, self._saved, self.weight_gradients.pending):
+            left_by_a_failed_run.clear()
+        metrics: dict[str, Tensor] = {}
+        program = self._programs[forward_only]
+        with torch.set_grad_enabled(not forward_only):
+            self._run_steps(program, microbatches, metrics)
+        self.weight_gradients.require_empty()
+        return metrics
+
+    def _run_steps(self, program: Program, microbatches: Sequence[Any], metrics: dict[str, Tensor]) -> None:
+        at: object = "the start"
+        try:
+            if self._transport is not None:
+                self._transport.start(program)
+            for step in program.steps:
+                at = action = step.action
+                kind, stage, microbatch = action
+                if kind is Kind.F:
+                    self._forward(step, microbatches[microbatch], metrics)
+                elif kind is Kind.B:
+                    self._backward(step)
+                elif kind is Kind.I:
+                    with self.weight_gradients.deferred(stage, microbatch):
+                        self._backward(step)
+                elif kind is Kind.W:
+                    self.weight_gradients.run(stage, microbatch)
+                elif self._reduce_gradients is not None:
+                    self._reduce_gradients(stage)
+            at = "the end of the schedule"
+            if self._transport is not None:
+                self._transport.finish()
+        except PeerError as error:
+            raise PipelineError(f"pipeline rank {self.rank}, action {at}: {error}") from error
+
+    def _forward(self, step: Step, microbatch: Any, metrics: dict[str, Tensor]) -> None:
+        inputs = self._take(step)
+        output = self.stages[step.action.stage](inputs, microbatch)
+        for name, value in output.metrics.items():
+            value = value.detach()
+            metrics[name] = metrics[name] + value if name in metrics else value
+        if torch.is_grad_enabled():
+            self._saved[step.action.stage, step.action.microbatch] = _Saved(
+                [tensor for tensor in inputs if tensor.requires_grad],
+                [get_gradient_edge(tensor) for tensor in output.activations if tensor.requires_grad],
+                [loss for loss in output.losses if loss.requires_grad],
+            )
+        if step.gives is not None:
+            self._give(step.gives, output.activations)
+
+    def _backward(self, step: Step) -> None:
+        saved = self._saved.pop((step.action.stage, step.action.microbatch))
+        gradients = self._take(step)
+        assert len(gradients) == len(saved.activations), f"{step.action}: the last stage must not return activations"
+        roots = [*saved.activations, *saved.losses]
+        if roots:
+            torch.autograd.backward(roots, [*gradients, *(None for _ in saved.losses)])
+        if step.gives is not None:
+            given = (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in saved.inputs)
+            self._give(step.gives, tuple(given))
+
+    def _take(self, step: Step) -> tuple[Tensor, ...]:
+        message = step.takes
+        if message is None:
+            return ()
+        if message.source == message.destination:
+            return self._local.pop(message)
+        return self._transport.receive(message, step.acknowledged)
+
+    def _give(self, message: Message, tensors: tuple[Tensor, ...]) -> None:
+        if message.source != message.destination:
+            self._transport.send(message, tensors)
+        else:
+            self._local[message] = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)

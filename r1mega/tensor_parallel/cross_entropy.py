@@ -1,0 +1,62 @@
+"""Cross-entropy from logits whose vocabulary is cut over the tensor-parallel group."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def vocab_parallel_cross_entropy(logits_TV: Tensor, labels_T: Tensor, group: ProcessGroup) -> Tensor:
+    """Negative log-likelihood of each label. ``logits_TV`` is overwritten (its gradient is made in its place).
+
+    Args:
+        logits_TV: ``[T, V / tp]``, this rank's part of the vocabulary; rank r of ``group`` holds ids from ``r * V / tp`` on.
+        labels_T: ``[T]`` int64 ids of the whole vocabulary.
+        group: the tensor-parallel group. Two all-reduces of ``[T]`` and ``[2, T]``; the vocabulary is never gathered.
+
+    Returns:
+        ``[T]`` float32 (float64 for float64 logits), the same on each rank.
+    """
+    return _CrossEntropy.apply(logits_TV, labels_T, group)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_TV, labels_T, group):
+        logits = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        parallel = group.size() > 1
+        maximum = logits.amax(dim=1)
+        if parallel:
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+        logits.sub_(maximum.unsqueeze(1))
+        rows = labels_T.unsqueeze(1)
+        elsewhere = None
+        if parallel:
+            rows = rows - group.rank() * logits.shape[1]
+            elsewhere = (rows < 0) | (rows >= logits.shape[1])
+            rows = rows.masked_fill(elsewhere, 0)
+        target = logits.gather(1, rows)
+        if parallel:
+            target = target.masked_fill(elsewhere, 0)
+        total = logits.exp_().sum(dim=1)
+        target = target.squeeze(1)
+        if parallel:
+            both = torch.stack([total, target])
+            dist.all_reduce(both, group=group)
+            total, target = both.unbind()
+        ctx.exponentials, ctx.total, ctx.rows, ctx.elsewhere = logits, total, rows, elsewhere
+        ctx.dtype = logits_TV.dtype
+        return total.log() - target
+
+    @staticmethod
+    def backward(ctx, grad_T):
+        gradient, ctx.exponentials = ctx.exponentials, None
+        assert gradient is not None, "this backward runs once: the logits were overwritten by their gradient"
+        gradient.mul_((grad_T / ctx.total).unsqueeze(1))
+        of_target = -grad_T.unsqueeze(1)
+        if ctx.elsewhere is not None:
+            of_target = of_target.masked_fill(ctx.elsewhere, 0)
+        gradient.scatter_add_(1, ctx.rows, of_target)
+        return gradient.to(ctx.dtype), None, None

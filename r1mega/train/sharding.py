@@ -1,0 +1,143 @@
+"""Data parallelism: FSDP2 cuts parameters, gradients and optimizer state over the data-parallel ranks.
+
+Gradients are not averaged and not reduced by FSDP's own hooks: every loss is already divided by the counts of the
+global batch, so gradients are sums, and they are summed once a step, when the pipeline schedule says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from r1mega.parallel_state import ParallelState
+
+
+def shard(stage: nn.Module, state: ParallelState, dtype: torch.dtype) -> None:
+    """Cut the parameters of ``stage`` over the data-parallel ranks, in place.
+
+    Every entry of an ``nn.ModuleDict`` or ``nn.ModuleList`` (a decoder layer) is gathered as one unit, the experts of
+    a layer as another because their data-parallel group differs, and the rest of the stage as the last. A stage may
+    be on the meta device: then call ``to_empty`` afterwards and initialise.
+
+    Args:
+        stage: dense parameters are plain tensors or DTensors on ``state.mesh["tp"]``; those of experts are DTensors on
+            ``state.expert_mesh["ep", "etp"]``.
+        state: the layout's groups.
+        dtype: of the computation. With bfloat16 the shards stay float32 (the master weights), are cast when they
+            are gathered, and gradients are summed in float32.
+    """
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = mixed if dtype == torch.bfloat16 else MixedPrecisionPolicy(cast_forward_inputs=False)
+    dense, experts = state.mesh["dp"], state.expert_mesh["edp"]
+    for module in _units(stage):
+        is_experts = _owns_experts(module)
+        fully_shard(
+            module,
+            mesh=experts if is_experts else dense,
+            reshard_after_forward=False,
+            mp_policy=policy,
+            shard_placement_fn=_expert_placement(experts.size()) if is_experts else None,
+        )
+        module.set_gradient_divide_factor(1.0)
+        # Without this FSDP multiplies inside the reduction (PREMUL_SUM), which gloo does not know.
+        module.set_force_sum_reduction_for_comms(True)
+    stage.set_requires_gradient_sync(False)
+    stage.set_reshard_after_backward(False)
+    stage.set_is_last_backward(False)
+
+
+def named_shards(stages: Iterable[nn.Module]) -> list[tuple[str, DTensor]]:
+    """Names and shards of all parameters of this rank's stages, in the order of the modules.
+
+    The shards are the same objects for the whole run, so one call after initialisation is enough. A name is there
+    twice where two stages of this rank hold a copy of it.
+    """
+    found = []
+    for stage in stages:
+        reshard(stage)
+        found += list(stage.named_parameters())
+    return found
+
+
+def reshard(stage: nn.Module) -> None:
+    """Free the gathered parameters, for example after a forward pass without a backward."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def reduce_gradients(stage: nn.Module) -> None:
+    """Sum the accumulated gradients over the data-parallel ranks, and free the gathered parameters.
+
+    Afterwards ``grad`` of every shard is the sum's shard; zeros where a parameter got no gradient. The next forward
+    gathers the parameters anew.
+    """
+    groups = list(_parameter_groups(stage))
+    for group in groups:
+        _fill_missing_gradients(group)
+        group.reduce_grads = group.reshard_after_backward = True
+        group.post_backward()
+    stage.set_is_last_backward(True)
+    # The end of a backward pass as FSDP knows it: waits for the reductions and clears what it kept for the step.
+    fully_shard.state(stage)._root_post_backward_final_callback()
+    stage.set_is_last_backward(False)
+    for group in groups:
+        group.reduce_grads = group.reshard_after_backward = False
+
+
+def _units(stage: nn.Module) -> Iterator[nn.Module]:
+    """Modules that FSDP gathers as one, children before their parents, the stage itself last."""
+    entries = {
+        entry
+        for container in stage.modules()
+        if isinstance(container, (nn.ModuleDict, nn.ModuleList))
+        for entry in container.children()
+    }
+    for module in reversed(list(stage.modules())):
+        if module is stage or module in entries or _owns_experts(module):
+            yield module
+
+
+def _owns_experts(module: nn.Module) -> bool:
+    return any(
+        isinstance(parameter, DTensor) and "ep" in (parameter.device_mesh.mesh_dim_names or ())
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def _expert_placement(num_shards: int):  # noqa: ANN202
+    """Cut experts [experts, rows, columns] by expert; by rows where the experts do not divide but the rows do."""
+
+    def placement(parameter: DTensor) -> Shard:
+        num_experts, rows, _ = parameter.to_local().shape
+        return Shard(1 if num_experts % num_shards and rows % num_shards == 0 else 0)
+
+    return placement
+
+
+def _parameter_groups(stage: nn.Module) -> Iterator[object]:
+    """FSDP's parameter groups of ``stage``, outermost module first.
+
+    FSDP2 has no public call for "reduce now": its own pipeline stage (``torch.distributed.pipelining.stage``,
+    ``perform_reduce_grad``) takes this private way, too. A module had one group up to torch 2.11, several since.
+    """
+    for state in fully_shard.state(stage)._state_ctx.all_states:
+        if hasattr(state, "_fsdp_param_groups"):
+            yield from state._fsdp_param_groups
+        elif state._fsdp_param_group is not None:
+            yield state._fsdp_param_group
+
+
+def _fill_missing_gradients(group: object) -> None:
+    """Give zeros to the parameters without a gradient, as other ranks may have one and the collective needs all."""
+    if not group.is_unsharded:
+        group.unshard()
+        group.wait_for_unshard()
+    for shard in group.fsdp_params:
+        whole = shard._unsharded_param
+        if whole.requires_grad and whole.grad is None and shard.unsharded_accumulated_grad is None:
+            whole.grad = torch.zeros_like(whole)

@@ -1,0 +1,125 @@
+"""The layout never changes the answer: losses, gradient norm, gathered gradients and weights equal one process's."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from r1mega.config import AttentionConfig, MoEConfig, ParallelConfig
+from tests.distributed.training import Job, Report, tiny_model, train
+
+LAYOUTS = {
+    "dp2": (2, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tp=2)),
+    "pp2_gpipe": (2, ParallelConfig(pp=2, schedule="gpipe")),
+    "pp2_1f1b": (2, ParallelConfig(pp=2)),
+    "ep2": (2, ParallelConfig(ep=2)),
+    "etp2_tp1": (2, ParallelConfig(etp=2)),
+    "tp2_etp1_ep1": (2, ParallelConfig(tp=2, etp=1)),
+    "tp2_etp2": (2, ParallelConfig(tp=2, etp=2)),
+    "tp2_ep2": (2, ParallelConfig(tp=2, ep=2)),
+    "dp4_ep2": (4, ParallelConfig(ep=2)),
+    "dp4_ep4": (4, ParallelConfig(ep=4)),
+    "tp2_dp2_ep4": (4, ParallelConfig(tp=2, ep=4)),
+    "tp4": (4, ParallelConfig(tp=4)),
+    "etp2_ep2": (4, ParallelConfig(etp=2, ep=2)),
+    "tp2_etp2_ep2": (4, ParallelConfig(tp=2, etp=2, ep=2)),
+    "tp4_etp2_ep1": (4, ParallelConfig(tp=4, etp=2)),
+    "pp4": (4, ParallelConfig(pp=4)),
+    "pp2_ep2": (4, ParallelConfig(pp=2, ep=2)),
+    "pp2_tp2_gpipe": (4, ParallelConfig(pp=2, tp=2, schedule="gpipe")),
+    "tp2_pp2_ep2_dp2": (8, ParallelConfig(tp=2, pp=2, ep=2)),
+    "pp2_etp2_ep2": (8, ParallelConfig(pp=2, etp=2, ep=2)),
+    "tp2_pp2_etp4": (8, ParallelConfig(tp=2, pp=2, etp=4)),
+    "pp4_tp2_ep2": (8, ParallelConfig(pp=4, tp=2, ep=2)),
+    "tp2_dp4_ep8": (8, ParallelConfig(tp=2, ep=8)),
+    "placement_mtp_apart": (4, ParallelConfig(pp=4, placement="Ett|tt|m|L")),
+}
+
+
+@functools.cache
+def reference(pool, tied: bool) -> Report:
+    return pool.run(train, 1, Job(model=tiny_model(tie_embeddings=tied)))[0]
+
+
+def assert_same(report: Report, expected: Report, rtol: float = 1e-9) -> None:
+    for step, losses in enumerate(expected.losses):
+        assert report.losses[step] == pytest.approx(losses, rel=rtol), f"losses of step {step}"
+        assert report.norms[step] == pytest.approx(expected.norms[step], rel=rtol), f"gradient norm of step {step}"
+        assert report.gradients[step].keys() == expected.gradients[step].keys()
+        for name, gradient in expected.gradients[step].items():
+            atol = rtol * gradient.abs().max().item()
+            torch.testing.assert_close(
+                report.gradients[step][name], gradient, rtol=rtol, atol=atol, msg=lambda m: f"{name}, step {step}: {m}"
+            )
+    for name, parameter in expected.parameters.items():
+        torch.testing.assert_close(report.parameters[name], parameter, rtol=1e-7, atol=1e-9, msg=lambda m: f"{name}: {m}")
+    for name, bias in expected.biases.items():
+        assert torch.equal(report.biases[name], bias), f"router bias {name}"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_three_float64_steps_equal_the_single_process(pool, name):
+    world_size, parallel = LAYOUTS[name]
+    report = pool.run(train, world_size, Job(parallel=parallel))[0]
+    assert_same(report, reference(pool, False))
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2_1f1b", "pp4", "tp2_pp2_ep2_dp2", "placement_mtp_apart"])
+def test_a_tied_head_gives_the_same_numbers_too(pool, name):
+    world_size, parallel = LAYOUTS[name]
+    report = pool.run(train, world_size, Job(model=tiny_model(tie_embeddings=True), parallel=parallel))[0]
+    assert_same(report, reference(pool, True))
+
+
+def test_the_microbatch_size_does_not_matter(pool):
+    report = pool.run(train, 2, Job(parallel=ParallelConfig(tp=2), microbatch_size=4))[0]
+    assert_same(report, reference(pool, False))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_dropping_over_capacity_does_not_depend_on_the_layout(pool, padded):
+    moe = dict(num_experts=8, top_k=2, ffn_hidden_size=16, capacity_factor=0.7, aux_loss_coefficient=0.1)
+    expected = pool.run(train, 1, Job(model=tiny_model(moe=MoEConfig(**moe)), num_steps=2))[0]
+    job = Job(
+        model=tiny_model(moe=MoEConfig(**moe, pad_to_capacity=padded)), parallel=ParallelConfig(tp=2, ep=2), num_steps=2
+    )
+    assert_same(pool.run(train, 4, job)[0], expected)
+
+
+def test_grouped_query_attention_with_bias_and_norm_gives_the_same_numbers(pool):
+    attention = AttentionConfig(kind="gqa", num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, qk_norm=True)
+    softmax = MoEConfig(num_experts=4, top_k=2, ffn_hidden_size=16, score_function="softmax", score_bias=False)
+    model = tiny_model(attention=attention, moe=softmax)
+    expected = pool.run(train, 1, Job(model=model, num_steps=2))[0]
+    for parallel in (ParallelConfig(tp=2, pp=2), ParallelConfig(tp=2, ep=4)):
+        assert_same(pool.run(train, 4, Job(model=model, parallel=parallel, num_steps=2))[0], expected)
+
+
+@pytest.mark.parametrize("name", ["tp2_pp2_ep2_dp2", "pp2_etp2_ep2", "tp4_etp2_ep1"])
+def test_twenty_float32_steps_have_the_same_loss_curve(pool, name):
+    world_size, parallel = LAYOUTS[name]
+    expected = pool.run(train, 1, Job(num_steps=20, dtype=torch.float32, keep_gradients=False))[0]
+    job = Job(parallel=parallel, num_steps=20, dtype=torch.float32, keep_gradients=False)
+    report = pool.run(train, world_size, job)[0]
+    for step in range(20):
+        assert report.losses[step]["loss"] == pytest.approx(expected.losses[step]["loss"], rel=1e-5)
+
+
+def forget_the_sum_over_tp(gradients) -> None:
+    gradients._whole = []
+
+
+def forget_the_sum_over_copies(gradients) -> None:
+    gradients._copies_group = None
+
+
+@pytest.mark.parametrize("sabotage, name", [(forget_the_sum_over_tp, "tp2"), (forget_the_sum_over_copies, "pp2_1f1b")])
+def test_a_missing_reduction_is_noticed(pool, sabotage, name):
+    """The comparison can fail: without one sum the numbers differ."""
+    world_size, parallel = LAYOUTS[name]
+    with pytest.raises(AssertionError):
+        report = pool.run(train, world_size, Job(parallel=parallel, sabotage=sabotage))[0]
+        assert_same(report, reference(pool, False))

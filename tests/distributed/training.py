@@ -1,0 +1,163 @@
+"""A few training steps of a tiny R1-shaped model under any layout, reported in a form that layouts can be compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from r1mega.config import AttentionConfig, ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig
+from r1mega.data.batch import Batch
+from r1mega.model.blocks import place_blocks
+from r1mega.kernels.linear import local
+from r1mega.model.init import initialize, local_slices
+from r1mega.model.stage import build_stage
+from r1mega.moe.balance import update_router_bias
+from r1mega.optim.adamw import AdamW
+from r1mega.optim.gradients import Gradients
+from r1mega.parallel_state import Layout, ParallelState
+from r1mega.pipeline.executor import PipelineExecutor
+from r1mega.pipeline.schedules import SCHEDULES
+from r1mega.train.sharding import named_shards, reduce_gradients, shard
+
+LENGTH = 16
+GLOBAL_BATCH = 8
+
+
+def tiny_model(**changes) -> ModelConfig:
+    """First layer dense, then MoE with groups and a shared expert, MLA with q-LoRA, one MTP layer, auxiliary losses on."""
+    settings = dict(
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=4,
+        first_dense_layers=1,
+        ffn_hidden_size=64,
+        num_mtp_layers=1,
+        init_std=0.2,
+        attention=AttentionConfig(
+            num_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+        ),
+        moe=MoEConfig(
+            num_experts=8,
+            top_k=3,
+            ffn_hidden_size=16,
+            num_shared_experts=1,
+            num_groups=4,
+            top_k_groups=2,
+            aux_loss_coefficient=0.05,
+            z_loss_coefficient=0.01,
+            bias_update_rate=0.01,
+        ),
+    )
+    return ModelConfig(**(settings | changes))
+
+
+@dataclass
+class Job:
+    """What to train. ``sabotage`` gets the object that completes the gradients and may break it."""
+
+    model: ModelConfig = field(default_factory=tiny_model)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    num_steps: int = 3
+    microbatch_size: int = 1
+    dtype: torch.dtype = torch.float64
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-2, clip_grad=0.5, weight_decay=0.1)
+    )
+    sabotage: Callable[[Gradients], None] | None = None
+    keep_gradients: bool = True
+
+
+@dataclass
+class Report:
+    """Losses and gradient norm of each step; gathered gradients of each step and final parameters, on rank 0."""
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def global_batch(step: int, vocab_size: int) -> torch.Tensor:
+    """``[GLOBAL_BATCH, LENGTH + 1]`` tokens."""
+    return torch.randint(0, vocab_size, (GLOBAL_BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
+def microbatches(job: Job, state: ParallelState, step: int) -> list[Batch]:
+    """This rank's microbatches; some labels are masked, so that token counts differ from rank to rank."""
+    tokens = global_batch(step, job.model.vocab_size)
+    mask = torch.ones(GLOBAL_BATCH, LENGTH, dtype=torch.bool)
+    mask[1, 5:] = False
+    mask[6, :3] = False
+    count = int(mask.sum())
+    per_rank = GLOBAL_BATCH // state.size("dp")
+    first = state.rank_in("dp") * per_rank
+    found = []
+    for start in range(first, first + per_rank, job.microbatch_size):
+        rows = slice(start, start + job.microbatch_size)
+        found.append(Batch(tokens[rows, :-1], tokens[rows, 1:], mask[rows], count, GLOBAL_BATCH))
+    return found
+
+
+def train(rank: int, world_size: int, job: Job) -> Report:
+    """Train on this rank; the report of rank 0 is the whole truth."""
+    parallel = job.parallel
+    state = ParallelState(Layout.from_config(parallel, world_size))
+    placed = place_blocks(job.model, parallel, LENGTH, parallel.pp)
+    stage = build_stage(job.model, state, placed[state.rank_in("pp")], job.dtype)
+    shard(stage, state, job.dtype)
+    stage.to_empty(device="cpu")
+    initialize(stage, job.model, seed=0)
+    parameters = named_shards([stage])
+    optimizer, gradients = AdamW(parameters, job.optimizer), Gradients(parameters, state)
+    if job.sabotage is not None:
+        job.sabotage(gradients)
+    num_microbatches = GLOBAL_BATCH // state.size("dp") // job.microbatch_size
+    table = SCHEDULES[parallel.schedule](parallel.pp, num_microbatches)
+    group = state.group("pp") if parallel.pp > 1 else None
+    stages = {state.rank_in("pp"): stage}
+    executor = PipelineExecutor(table, stages, group, lambda index: reduce_gradients(stages[index]))
+    report = Report()
+    for step in range(job.num_steps):
+        metrics = executor.run(microbatches(job, state, step))
+        gradients.finish()
+        norm = gradients.norm()
+        if job.keep_gradients:
+            report.gradients.append(_merge({name: parameter.grad for name, parameter in parameters}))
+        gradients.clip(norm, job.optimizer.clip_grad)
+        optimizer.step(job.optimizer.learning_rate)
+        update_router_bias(stage, state)
+        report.losses.append(_sum_over_ranks(metrics))
+        report.norms.append(norm)
+    report.parameters = _merge(dict(parameters))
+    report.biases = _merge({name: buffer for name, buffer in stage.named_buffers() if name.endswith("bias")})
+    return report if rank == 0 else Report()
+
+
+def _merge(mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put the ranks' shards together on rank 0; where two ranks hold the same elements they must agree."""
+    shards = {
+        name: (tuple(tensor.shape), local_slices(tensor), local(tensor).detach().clone()) for name, tensor in mine.items()
+    }
+    everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.gather_object(shards, everyone if dist.get_rank() == 0 else None)
+    merged: dict[str, torch.Tensor] = {}
+    for part in everyone:
+        for name, (shape, slices, shard_) in part.items():
+            whole = merged.setdefault(name, torch.full(shape, torch.nan, dtype=shard_.dtype))
+            known = ~whole[slices].isnan()
+            torch.testing.assert_close(whole[slices][known], shard_[known], rtol=1e-9, atol=1e-12, msg=f"copies of {name}")
+            whole[slices] = shard_
+    for name, whole in merged.items():
+        assert not whole.isnan().any(), f"nobody holds a part of {name}"
+    return merged
+
+
+def _sum_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    everyone: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, {name: value.item() for name, value in metrics.items()})
+    names = sorted({name for part in everyone for name in part})
+    return {name: sum(part.get(name, 0.0) for part in everyone) for name in names}

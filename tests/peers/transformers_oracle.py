@@ -1,0 +1,142 @@
+"""Tiny, strong models made by transformers, and what they and r1mega say to the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from r1mega.config import ModelConfig
+from r1mega.data.batch import Batch
+from r1mega.kernels.linear import local
+from r1mega.model.blocks import list_blocks
+from r1mega.model.huggingface import load_huggingface, model_config_from
+from r1mega.model.stage import Stage, build_stage
+from r1mega.parallel_state import ParallelState
+
+LENGTH = 24
+SEQUENCES = 2
+YARN = {
+    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 1.0,
+}  # fmt: skip
+COMMON = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "intermediate_size": 96, "max_position_embeddings": 64, "use_cache": False, "tie_word_embeddings": False,
+}  # fmt: skip
+DEEPSEEK = COMMON | {
+    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 12, "first_k_dense_replace": 1, "n_routed_experts": 16, "n_shared_experts": 1,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "rope_theta": 10000.0, "rope_scaling": YARN, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+}  # fmt: skip
+QWEN_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+
+
+def make_model(kind: str, seed: int = 0, **settings: object) -> nn.Module:
+    """A model of transformers, ``Deepseekv3``, ``Qwen2``, ..., with weights that let no term hide.
+
+    Matrices have standard deviation 0.15, norms are about 1, biases about 0, and the router's score bias decides choices.
+    """
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                tensor.copy_(1 + 0.2 * noise)
+            elif name.endswith(("e_score_correction_bias", ".bias")):
+                tensor.copy_(0.2 * noise)
+            elif "inv_freq" not in name:
+                tensor.copy_(0.15 * noise)
+    return model
+
+
+def make_tokens(vocab_size: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Token ids ``[b, s]`` and transformers' labels: the same ids, some of them left out of the loss (-100)."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab_size, (SEQUENCES, LENGTH), generator=generator)
+    labels = tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 0.2, -100)
+    return tokens, labels
+
+
+def make_batch(tokens: Tensor, labels: Tensor | None) -> Batch:
+    """r1mega's form of the same: labels shifted by one, with a mask."""
+    if labels is None:
+        return Batch(tokens, None, None, 0, tokens.shape[0])
+    following = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], dim=1)
+    mask = torch.cat([labels[:, 1:] != -100, torch.zeros_like(tokens[:, :1], dtype=torch.bool)], dim=1)
+    return Batch(tokens, following, mask, int(mask.sum()), tokens.shape[0])
+
+
+@dataclass
+class Answer:
+    """What a model says: logits ``[b, s, vocabulary]``, loss, and gradients by r1mega's names."""
+
+    logits: Tensor
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+def answer_of_transformers(model: nn.Module, tokens: Tensor, labels: Tensor) -> Answer:
+    model.zero_grad()
+    output = model(input_ids=tokens, labels=labels)
+    output.loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradients |= dict(translate(name, parameter.grad))
+    return Answer(output.logits.detach(), output.loss.detach(), gradients)
+
+
+def translate(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Name in transformers (where gate and up of all experts are one tensor) to r1mega's names."""
+    name = name.removeprefix("model.")
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = tensor.chunk(2, dim=1)
+        prefix = name.removesuffix("gate_up_proj")
+        return [(f"{prefix}gate_proj", gate), (f"{prefix}up_proj", up)]
+    return [(name, tensor)]
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Stage, ModelConfig]:
+    """The whole model of a checkpoint in one process."""
+    config = model_config_from(path)
+    stage = build_stage(config, ParallelState.single_process(), list_blocks(config, LENGTH), dtype, "cpu")
+    with torch.no_grad():
+        for tensor in [*stage.parameters(), *stage.buffers()]:
+            local(tensor).fill_(float("nan") if tensor.is_floating_point() else -1)
+    load_huggingface(stage, config, path)
+    return stage, config
+
+
+def answer_of_stage(stage: Stage, tokens: Tensor, labels: Tensor) -> Answer:
+    with torch.no_grad():
+        logits = stage((), make_batch(tokens, None)).metrics["logits"]
+    output = stage((), make_batch(tokens, labels))
+    torch.autograd.backward(output.losses)
+    gradients = {name: local(parameter.grad) for name, parameter in stage.named_parameters()}
+    return Answer(logits.view(*tokens.shape, -1), output.metrics["loss"], gradients)
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert ours.shape == theirs.shape, f"{tuple(ours.shape)} is not {tuple(theirs.shape)}"
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def assert_same(ours: Answer, theirs: Answer, tolerance: float = 1e-5) -> None:
+    """Logits, loss and the gradient of every parameter agree; a parameter that one side lacks is an error."""
+    assert difference(ours.logits, theirs.logits) < tolerance
+    assert difference(ours.loss.view(1), theirs.loss.view(1)) < tolerance
+    assert set(ours.gradients) == set(theirs.gradients)
+    differences = {name: difference(ours.gradients[name], theirs.gradients[name]) for name in theirs.gradients}
+    assert all(value < tolerance for value in differences.values()), differences

@@ -1,0 +1,135 @@
+"""examples/pretrain_r1_moe.sh: bash and Python in one file, and how it chooses processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from r1mega.config import Config, ConfigError
+from r1mega.settings import parse_config
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples/pretrain_r1_moe.sh"
+
+
+def load() -> dict:
+    """The names of the example's Python part."""
+    names = {"__name__": "example", "__file__": str(EXAMPLE)}
+    exec(compile(EXAMPLE.read_text(encoding="utf-8"), EXAMPLE, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], list[str]]:
+    """``launch(arguments)`` returns the command that the example would become, without running it."""
+    example = load()
+    for name in ("RANK", "WORLD_SIZE", "NPROC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
+    example["prepare_data"].__globals__["prepare_data"] = lambda config: None
+
+    def run(arguments: list[str]) -> list[str]:
+        example["launch"](arguments)
+        return commands[-1]
+
+    return run
+
+
+def test_the_example_is_valid_bash_and_valid_python(recwarn: pytest.WarningsRecorder) -> None:
+    checked = subprocess.run(["bash", "-n", EXAMPLE], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    compile(EXAMPLE.read_text(encoding="utf-8"), EXAMPLE, "exec")
+    assert not recwarn.list
+    assert EXAMPLE.read_text(encoding="utf-8").startswith("''':'\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes"),
+    [
+        ([], 4),
+        (["--train.num_steps", "50"], 4),
+        (["--parallel.tp", "2"], 4),
+        (["--parallel.ep=8"], 8),
+        (["--parallel.tp", "2", "--parallel.pp", "2", "--parallel.ep", "4"], 8),
+        (["--parallel.tp=2", "--parallel.etp=2", "--parallel.ep=4"], 8),
+    ],
+)
+def test_processes_are_4_or_as_many_as_the_layout_needs(
+    launch: Callable[[list[str]], list[str]], arguments: list[str], processes: int
+) -> None:
+    assert f"--nproc-per-node={processes}" in launch(arguments)
+
+
+def test_nproc_sets_the_number_of_processes(
+    launch: Callable[[list[str]], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NPROC", "2")
+    command = launch(["--parallel.ep=2"])
+    assert "--nproc-per-node=2" in command
+    assert command[command.index(str(EXAMPLE)) + 1 :] == ["--parallel.ep=2"]
+
+
+def test_without_sizes_the_layout_is_two_stages_of_two_expert_ranks(launch: Callable[[list[str]], list[str]]) -> None:
+    settings = ["--parallel.schedule", "gpipe"]
+    command = launch(settings)
+    assert command[command.index(str(EXAMPLE)) + 1 :] == ["--parallel.pp=2", "--parallel.ep=2", *settings]
+
+
+def test_default_data_is_found_from_any_working_directory_and_another_corpus_needs_no_checksum() -> None:
+    settings = load()["settings"]
+    default, own = parse_config(settings([])), parse_config(settings(['--data.train=["mine"]']))
+    assert default.data.train == [str(ROOT / "data/default/train")]
+    assert default.data.checksum is not None
+    assert (own.data.train, own.data.checksum) == (["mine"], None)
+
+
+def test_default_data_is_prepared_once_and_a_failure_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = load()
+    data = example["DATA"] = tmp_path / "data/default"
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, returncode=1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    config = parse_config(example["settings"]([]))
+    with pytest.raises(ConfigError, match="could not be prepared"):
+        example["prepare_data"](config)
+    assert commands[0][-3:] == ["--default", "--output", str(data)]
+    data.mkdir()
+    (data / "corpus.json").touch()
+    example["prepare_data"](config)
+    assert len(commands) == 1
+
+
+def test_another_corpus_is_not_prepared(tmp_path: Path) -> None:
+    example = load()
+    example["DATA"] = tmp_path / "data/default"
+    example["prepare_data"](Config())
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("program", ["bash", sys.executable])
+def test_a_mistake_is_one_line_before_any_process_is_started(tmp_path: Path, program: str) -> None:
+    if program == "bash" and not (ROOT / ".venv/bin/python").exists() and not shutil.which("python3"):
+        pytest.skip("no python3 for the bash part")
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "NPROC")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    done = subprocess.run(
+        [program, EXAMPLE, "--parallel.ep", "3"], capture_output=True, text=True, env=env, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("r1mega: error: parallel.ep=3: must divide the number of experts (16)")
+    assert done.stderr.count("\n") == 1

@@ -2,11 +2,11 @@
 
     python -m benchmarks.matmul_floor --tp 2
 
-prints CPU-seconds per 1,000 tokens, split by part. Every rank's products have the shapes that the layout gives them, with
-as many rows for each expert as it gets on average; forward is one product, backward two (the input's
-gradient, and the weight's, added to what earlier microbatches left). Each layer has weights of its own, so they
-come from memory as in a real step. Nothing else is counted: no attention scores, norm, activation function,
-permutation, communication or optimizer. The scores are timed apart, as PyTorch's fused attention.
+prints CPU-seconds per 1,000 tokens, split by part. Every rank's products have the shapes that the layout gives them,
+with as many rows for each expert as it gets on average; forward is one product, backward two (the input's gradient,
+and the weight's, added to what earlier microbatches left). Each layer has weights of its own, so they come from
+memory as in a real step. Nothing else is counted: no attention scores, norm, activation function, permutation,
+communication or optimizer. The scores are timed apart, as PyTorch's fused attention.
 """
 
 from __future__ import annotations

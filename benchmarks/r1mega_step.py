@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.r1mega_step --ep 2
 
-prints one line of JSON (see :class:`benchmarks.workload.Measurement`). A step is what r1mega's training loop does between
-two batches: the pipeline schedule with the reduction of gradients in it, the global norm, the optimizer.
+prints one line of JSON (see :class:`benchmarks.workload.Measurement`). A step is what r1mega's training loop does
+between two batches: the pipeline schedule with the reduction of gradients in it, the global norm, the optimizer.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class R1megaTrainer:
 
 def _batch(workload: Workload, index: int) -> Batch:
     tokens, labels = (row[None] for row in sequence(workload, index))
-    return Batch(tokens, labels, torch.ones_like(tokens, dtype=torch.bool), workload.tokens_per_step, workload.num_microbatches)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    return Batch(tokens, labels, mask, workload.tokens_per_step, workload.num_microbatches)
 
 
 def main() -> None:

@@ -1,17 +1,18 @@
 """CPU-seconds of a training step: r1mega beside megatron-core, and beside the matrix products alone.
 
-    python benchmarks/step.py                              # all five layouts, about 6 minutes on 2 cores
+    python benchmarks/step.py                              # all five layouts, about 8 minutes on 2 cores
     python benchmarks/step.py --layouts 1,1,1 --rounds 1   # a first look, half a minute
     python benchmarks/step.py --output benchmarks/results/step.json
 
 Both implementations train the same model from the same weights on the same tokens in float32 with Adam, one thread a
 process, over gloo; they run in turn, and their losses are compared, which shows that they do the same work. A step
-is 8 sequences whatever the layout; its cost is the CPU time of all ranks and threads, which other programs on
-the machine disturb far less than the time on the wall. The floor is the products with the weights, measured on one core:
-no implementation that calls this machine's matrix library can be faster.
+is 8 sequences over all data-parallel ranks together, whatever the layout; its cost is the CPU time of all ranks and
+threads, which other programs on the machine disturb far less than the time on the wall. Tensor parallelism cuts
+the experts, too, and expert parallelism is data parallelism of the rest. The floor is the products with the weights, measured on one core: no implementation that calls
+this machine's matrix library can be faster.
 
-The table has one line a layout: CPU-seconds per 1,000 tokens of both, their ratio (r1mega / megatron-core; the aim is 0.7
-at most) with its range over the rounds, the floor, and which part of r1mega's time the floor is.
+The table has one line a layout: CPU-seconds per 1,000 tokens of both, their ratio (r1mega / megatron-core; the aim is
+0.7 at most) with its range over the rounds, the floor, and which part of r1mega's time the floor is.
 
 Exit status: 0 where the losses agree (whatever the ratio), 1 where they do not or a run failed.
 """
@@ -34,12 +35,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.r1mega_step import model_config  # noqa: E402
 from benchmarks.workload import Workload, add_workload_arguments, workload_from  # noqa: E402
+from r1mega.config import ConfigError, ParallelConfig, require, validate_model_layout  # noqa: E402
 
 LAYOUTS = ("1,1,1", "1,1,2", "1,2,1", "2,1,1", "1,2,2")
 PROGRAMS = {"r1mega": "benchmarks.r1mega_step", "megatron-core": "benchmarks.peers.megatron_core"}
 LOSS_TOLERANCE = 1e-4
 TARGET_RATIO = 0.7
+RUN_SECONDS = 600
 
 
 class RunFailed(Exception):
@@ -50,7 +54,7 @@ def run_program(module: str, num_processes: int, arguments: list[str]) -> dict:
     """Run ``module`` on ``num_processes`` ranks, one thread each; the JSON that its rank 0 printed last.
 
     Raises:
-        RunFailed: it failed or did not end within 10 minutes.
+        RunFailed: it failed or did not end within ``RUN_SECONDS``.
     """
     command = [sys.executable, "-m", module, *arguments]
     if num_processes > 1:
@@ -58,13 +62,33 @@ def run_program(module: str, num_processes: int, arguments: list[str]) -> dict:
         command = [sys.executable, "-m", *launcher, "-m", module, *arguments]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     try:
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    except subprocess.TimeoutExpired as error:
-        raise RunFailed(f"{' '.join(command)} did not end within {error.timeout:.0f} seconds") from None
-    if done.returncode != 0:
-        raise RunFailed(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        printed, errors = process.communicate(timeout=RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"{' '.join(command)} did not end within {RUN_SECONDS} seconds") from None
+    finally:
+        if process.poll() is None:
+            process.terminate()  # which torchrun hands on to its workers; a kill would leave them behind
+            process.communicate()
+    if process.returncode != 0:
+        raise RunFailed(f"{' '.join(command)} ended with {process.returncode}:\n{errors[-3000:]}")
+    return json.loads(printed.strip().splitlines()[-1])
+
+
+def parse_layout(text: str, workload: Workload) -> ParallelConfig:
+    """``tp,pp,ep`` as a layout that the workload can have. Raises :class:`ConfigError`."""
+    sizes = [int(size) if size.isdigit() else 0 for size in text.split(",")]
+    require(len(sizes) == 3 and min(sizes) > 0, "layouts", text, "must be three positive numbers, tp,pp,ep")
+    tp, pp, ep = sizes
+    parallel = ParallelConfig(tp=tp, pp=pp, ep=ep, etp=tp)
+    validate_model_layout(model_config(workload), parallel)
+    count = workload.num_microbatches
+    require(
+        count % ep == 0, "num_microbatches", count, f"must be a multiple of ep ({ep}), which is the data-parallel size"
+    )
+    return parallel
 
 
 def workload_arguments(workload: Workload) -> list[str]:
@@ -78,16 +102,19 @@ def per_1000_tokens(run: dict, num_warmup: int) -> list[float]:
 
 def measure_layout(layout: str, workload: Workload, options: argparse.Namespace, progress: Progress) -> dict:
     """One line of the table: all rounds of one layout."""
-    tp, pp, ep = map(int, layout.split(","))
-    world = pp * max(tp, ep)
-    arguments = [f"--tp={tp}", f"--pp={pp}", f"--ep={ep}", *workload_arguments(workload)]
-    progress.start(f"{layout}: floor")
-    floor = run_program("benchmarks.matmul_floor", 1, arguments)
+    parallel = parse_layout(layout, workload)
+    world = parallel.tp * parallel.pp * parallel.ep
+    sizes = [f"--{name}={getattr(parallel, name)}" for name in ("tp", "pp", "ep")]
+    arguments = [*sizes, *workload_arguments(workload)]
+    floors: list[dict[str, float]] = []
     runs: dict[str, list[dict]] = {name: [] for name in options.only}
     for number in range(1, options.rounds + 1):
         for name in runs:
             progress.start(f"{layout}: {name}, round {number} of {options.rounds}")
             runs[name].append(run_program(PROGRAMS[name], world, [*arguments, f"--num_steps={options.num_steps}"]))
+        progress.start(f"{layout}: floor, round {number} of {options.rounds}")
+        floors.append(run_program("benchmarks.matmul_floor", 1, arguments))
+    floor = {part: statistics.median(found[part] for found in floors) for part in floors[0]}
     return summary(layout, world, floor, runs, options.num_warmup)
 
 
@@ -119,22 +146,26 @@ def loss_difference(runs: dict[str, list[dict]]) -> list[float]:
 
 def table(lines: list[dict]) -> str:
     """The lines as text."""
-    head = ["tp,pp,ep", "ranks", "r1mega", "megatron-core", "ratio", "(rounds)", "floor", "floor/r1mega", "loss difference"]
-    rows = [head]
-    for line in lines:
-        medians = line["cpu_seconds_per_1000_tokens"]
-        row = [line["layout"]["tp_pp_ep"], str(line["layout"]["processes"])]
-        row += [f"{medians[name]:.3f}" if name in medians else "-" for name in PROGRAMS]
-        if "ratio" in line:
-            low, high = min(line["ratio_of_rounds"]), max(line["ratio_of_rounds"])
-            row += [f"{line['ratio']:.2f}", f"{low:.2f}-{high:.2f}"]
-        else:
-            row += ["-", "-"]
-        row += [f"{line['floor']['total']:.3f}", f"{line['floor_over_r1mega']:.2f}" if "floor_over_r1mega" in line else "-"]
-        row += [f"{line['loss_difference'][0]:.1e}" if "loss_difference" in line else "-"]
-        rows.append(row)
+    head = ["tp,pp,ep", "ranks", *PROGRAMS, "ratio", "(rounds)", "floor", "floor/r1mega", "loss difference"]
+    rows = [head, *map(_row, lines)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _row(line: dict) -> list[str]:
+    medians = line["cpu_seconds_per_1000_tokens"]
+    both = "ratio" in line
+    of_rounds = line["ratio_of_rounds"] if both else []
+    return [
+        line["layout"]["tp_pp_ep"],
+        str(line["layout"]["processes"]),
+        *(f"{medians[name]:.3f}" if name in medians else "-" for name in PROGRAMS),
+        f"{line['ratio']:.2f}" if both else "-",
+        f"{min(of_rounds):.2f}-{max(of_rounds):.2f}" if both else "-",
+        f"{line['floor']['total']:.3f}",
+        f"{line['floor_over_r1mega']:.2f}" if "r1mega" in medians else "-",
+        f"{line['loss_difference'][0]:.1e}" if both else "-",
+    ]
 
 
 class Progress:
@@ -187,29 +218,32 @@ def write_json(path: Path, content: dict) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="TP,PP,EP",
-                        help="layouts to measure; ranks: pp x the larger of tp and ep (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=3, help="how often each side runs, in turn (default: %(default)s)")
-    parser.add_argument("--num_steps", type=int, default=6, help="steps of a run (default: %(default)s)")
-    parser.add_argument("--num_warmup", type=int, default=2, help="steps at its start that do not count (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="measure one side alone")
-    parser.add_argument("--output", type=Path, help="write everything measured to this JSON file, whole or not at all")
+    add = parser.add_argument
+    layouts_help = f"layouts to measure; ranks: tp x pp x ep (default: {' '.join(LAYOUTS)})"
+    add("--layouts", nargs="+", default=LAYOUTS, metavar="TP,PP,EP", help=layouts_help)
+    add("--rounds", type=int, default=3, help="how often each side runs, in turn (default: %(default)s)")
+    add("--num_steps", type=int, default=6, help="steps of a run (default: %(default)s)")
+    add("--num_warmup", type=int, default=2, help="steps at its start that do not count (default: %(default)s)")
+    add("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="measure one side alone")
+    add("--output", type=Path, metavar="FILE", help="write all that was measured as JSON, whole or not at all")
     add_workload_arguments(parser)
     arguments = parser.parse_args()
     if arguments.num_warmup >= arguments.num_steps:
         parser.error(f"--num_warmup={arguments.num_warmup}: must be less than --num_steps ({arguments.num_steps})")
     if arguments.rounds < 1:
         parser.error(f"--rounds={arguments.rounds}: must be 1 or more")
-    for layout in arguments.layouts:
-        if len(layout.split(",")) != 3 or not all(size.isdigit() and int(size) for size in layout.split(",")):
-            parser.error(f"--layouts {layout}: must be three positive numbers, tp,pp,ep")
+    try:
+        for layout in arguments.layouts:
+            parse_layout(layout, workload_from(arguments))
+    except ConfigError as error:
+        parser.error(str(error))
     return arguments
 
 
 def main() -> int:
     arguments = parse_arguments()
     workload = workload_from(arguments)
-    progress = Progress(len(arguments.layouts) * (1 + arguments.rounds * len(arguments.only)))
+    progress = Progress(len(arguments.layouts) * arguments.rounds * (1 + len(arguments.only)))
     lines = []
     try:
         for layout in arguments.layouts:
@@ -219,7 +253,8 @@ def main() -> int:
         return 1
     print("CPU-seconds per 1,000 tokens\n" + table(lines))
     if arguments.output:
-        write_json(arguments.output, {**machine(), "workload": vars(workload), "target_ratio": TARGET_RATIO, "layouts": lines})
+        about = {**machine(), "workload": vars(workload), "target_ratio": TARGET_RATIO}
+        write_json(arguments.output, {**about, "layouts": lines})
         print(f"written to {arguments.output}")
     compared = [line for line in lines if "ratio" in line]
     if not compared:
@@ -228,7 +263,9 @@ def main() -> int:
     print(f"{reached} of {len(compared)} layouts reach the target, a ratio of {TARGET_RATIO} at most")
     differing = [line["layout"]["tp_pp_ep"] for line in compared if line["loss_difference"][0] > LOSS_TOLERANCE]
     if differing:
-        print(f"the losses of the first step differ by more than {LOSS_TOLERANCE} at {' '.join(differing)}: not the same work")
+        print(
+            f"not the same work at {' '.join(differing)}: losses of the first step differ by more than {LOSS_TOLERANCE}"
+        )
     return 1 if differing else 0
 
 

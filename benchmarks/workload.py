@@ -70,7 +70,7 @@ class Workload:
 
 
 def initial_weight(name: str, shape: tuple[int, ...], std: float = 0.02) -> Tensor:
-    """The whole parameter ``name`` at step 0, float32: ones for a norm, else N(0, std) from a generator seeded by the name.
+    """The whole parameter ``name`` at step 0, float32: ones for a norm, else N(0, std) drawn from the name as seed.
 
     Names and shapes are those of r1mega's model (``layers.3.self_attn.q_proj.weight``).
     """
@@ -81,7 +81,7 @@ def initial_weight(name: str, shape: tuple[int, ...], std: float = 0.02) -> Tens
 
 
 def sequence(workload: Workload, index: int) -> tuple[Tensor, Tensor]:
-    """Tokens and labels ``[sequence_length]`` of sequence ``index`` of a step; the same in every step, so the loss falls."""
+    """Tokens and labels ``[sequence_length]`` of sequence ``index`` of a step; all steps have the same sequences."""
     generator = torch.Generator().manual_seed(index)
     drawn = torch.randint(0, workload.vocab_size, (workload.sequence_length + 1,), generator=generator)
     return drawn[:-1], drawn[1:]
@@ -147,7 +147,9 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--pp", type=int, default=1, help="pipeline parallel size (1F1B)")
     parser.add_argument("--ep", type=int, default=1, help="expert parallel size")
     parser.add_argument("--num_steps", type=int, default=6, help="steps to run")
-    parser.add_argument("--profile", metavar="FILE", help="run one more step under torch.profiler; rank 0 writes a table here")
+    parser.add_argument(
+        "--profile", metavar="FILE", help="profile one more step; rank 0 writes a table of operators here"
+    )
     add_workload_arguments(parser)
     return parser
 
@@ -156,7 +158,8 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of :class:`Workload`."""
     group = parser.add_argument_group("workload")
     for field in dataclasses.fields(Workload):
-        group.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help="default %(default)s")
+        kind = type(field.default)
+        group.add_argument(f"--{field.name}", type=kind, default=field.default, help="default %(default)s")
 
 
 def workload_from(arguments: argparse.Namespace) -> Workload:
@@ -179,7 +182,10 @@ def report(measurement: Measurement) -> None:
 
 
 def profile_step(step: Callable[[], object], path: str, row_limit: int = 40) -> None:
-    """Run one step under torch.profiler on every rank; rank 0 writes the operators by their own CPU time to ``path``."""
+    """Run one step under torch.profiler on every rank; rank 0 writes its operators, longest first, to ``path``.
+
+    Times are by the clock on the wall: only an idle machine gives numbers worth reading.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

@@ -19,6 +19,7 @@ from r1mega.settings import (
     CommandParser,
     SettingsParser,
     is_first_rank,
+    one_line,
     parse,
     world_size_from_environment,
 )
@@ -53,7 +54,7 @@ def report(error: ConfigError) -> None:
     if not is_first_rank():
         time.sleep(SECONDS_FOR_FIRST_RANK)
         rank = f" (rank {os.environ['RANK']})"
-    print(f"r1mega: error: {error}{rank}", file=sys.stderr)
+    print(f"r1mega: error: {one_line(str(error))}{rank}", file=sys.stderr)
 
 
 def run(argv: list[str]) -> int:
@@ -183,7 +184,9 @@ examples:
 def model_command(argv: list[str]) -> int:
     """print the parameter table of a model"""
     parser = SettingsParser(
-        prog="r1mega model", usage="r1mega model [--config FILE] [--model.SETTING VALUE ...]", description=MODEL_HELP,
+        prog="r1mega model",
+        usage="r1mega model [--config FILE] [--model.SETTING VALUE ...]",
+        description=MODEL_HELP,
         shown=["model"],
     )
     config, _ = parse(parser, argv)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,10 @@ from benchmarks.workload import (
     start_process_group,
     workload_from,
 )
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class MegatronTrainer:
@@ -56,7 +62,7 @@ class MegatronTrainer:
         self.positions = torch.arange(workload.sequence_length)[None]
         self.run_schedule = get_forward_backward_func()
 
-    def _forward_step(self, microbatches, model):  # noqa: ANN001, ANN202
+    def _forward_step(self, microbatches: Iterator, model: nn.Module) -> tuple[Tensor, Callable]:
         tokens, labels = next(microbatches)
 
         def mean_loss(token_losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +90,7 @@ class MegatronTrainer:
         return share, float(grad_norm)
 
 
-def _model_and_optimizer(workload: Workload, tp: int, pp: int, ep: int):  # noqa: ANN202
+def _model_and_optimizer(workload: Workload, tp: int, pp: int, ep: int) -> tuple[nn.Module, MegatronOptimizer]:
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -110,16 +116,13 @@ def _model_and_optimizer(workload: Workload, tp: int, pp: int, ep: int):  # noqa
         config=config, ddp_config=DistributedDataParallelConfig(overlap_grad_reduce=False), module=model
     )
     config.finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam", lr=workload.learning_rate, weight_decay=0.0, clip_grad=0.0, adam_beta1=0.9, adam_beta2=0.95
-        ),
-        [model],
+    adam = OptimizerConfig(
+        lr=workload.learning_rate, weight_decay=0.0, clip_grad=0.0, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8
     )
-    return model, optimizer
+    return model, get_megatron_optimizer(adam, [model])
 
 
-def _transformer_config(workload: Workload, tp: int, pp: int, ep: int):  # noqa: ANN202
+def _transformer_config(workload: Workload, tp: int, pp: int, ep: int) -> TransformerConfig:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
@@ -165,15 +168,17 @@ def fill_initial_weights(model: nn.Module, workload: Workload) -> None:
 
     tp, tp_rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     hidden, width, heads = workload.hidden_size, workload.expert_width, workload.num_heads
+    vocab, experts = workload.vocab_size, workload.num_experts
 
     def cut(weight: Tensor, dim: int) -> Tensor:
         return weight.chunk(tp, dim)[tp_rank]
 
     if model.pre_process:
-        model.embedding.word_embeddings.weight.copy_(cut(initial_weight("embed_tokens.weight", (workload.vocab_size, hidden)), 0))
+        embedding = initial_weight("embed_tokens.weight", (vocab, hidden))
+        model.embedding.word_embeddings.weight.copy_(cut(embedding, 0))
     if model.post_process:
         model.decoder.final_layernorm.weight.copy_(initial_weight("norm.weight", (hidden,)))
-        model.output_layer.weight.copy_(cut(initial_weight("lm_head.weight", (workload.vocab_size, hidden)), 0))
+        model.output_layer.weight.copy_(cut(initial_weight("lm_head.weight", (vocab, hidden)), 0))
     for layer in model.decoder.layers:
         name = f"layers.{layer.layer_number - 1}"
         layer.input_layernorm.weight.copy_(initial_weight(f"{name}.input_layernorm.weight", (hidden,)))
@@ -182,11 +187,10 @@ def fill_initial_weights(model: nn.Module, workload: Workload) -> None:
         by_head = torch.stack([x.view(heads, workload.head_dim, hidden) for x in (q, k, v)], dim=1)
         layer.self_attention.linear_qkv.weight.copy_(cut(by_head, 0).reshape(-1, hidden))
         layer.self_attention.linear_proj.weight.copy_(cut(o, 1))
-        layer.mlp.router.weight.copy_(initial_weight(f"{name}.mlp.gate.weight", (workload.num_experts, hidden)))
-        gate, up = (
-            initial_weight(f"{name}.mlp.experts.{p}_proj", (workload.num_experts, width, hidden)) for p in ("gate", "up")
-        )
-        down = initial_weight(f"{name}.mlp.experts.down_proj", (workload.num_experts, hidden, width))
+        layer.mlp.router.weight.copy_(initial_weight(f"{name}.mlp.gate.weight", (experts, hidden)))
+        gate = initial_weight(f"{name}.mlp.experts.gate_proj", (experts, width, hidden))
+        up = initial_weight(f"{name}.mlp.experts.up_proj", (experts, width, hidden))
+        down = initial_weight(f"{name}.mlp.experts.down_proj", (experts, hidden, width))
         for expert, index in zip(layer.mlp.experts.local_experts, layer.mlp.local_expert_indices, strict=True):
             expert.linear_fc1.weight.copy_(torch.cat([cut(gate[index], 0), cut(up[index], 0)]))
             expert.linear_fc2.weight.copy_(cut(down[index], 1))

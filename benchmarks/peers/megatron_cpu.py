@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 CPU = torch.device("cpu")
 
@@ -24,9 +27,9 @@ CPU = torch.device("cpu")
 class _Stream:
     """A CUDA stream, and an event of one, where everything runs in order: there is one, and nothing to wait for."""
 
-    def __init__(self, *_: object, **__: object) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def wait_stream(self, _: object) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
 
     def record_event(self) -> _Stream:
         return self
@@ -42,7 +45,7 @@ class _Stream:
 class _RandomStates:
     """Megatron's tracker of CUDA generators. Dropout is off and weights are filled afterwards, so nothing is drawn."""
 
-    def fork(self, *_: object) -> contextlib.AbstractContextManager:
+    def fork(self, *_: Any) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def is_initialized(self) -> bool:
@@ -53,7 +56,7 @@ def _on_cpu(factory: Callable) -> Callable:
     """``factory`` with ``device="cuda"`` read as the CPU."""
 
     @functools.wraps(factory)
-    def on_cpu(*args: object, **kwargs: object) -> torch.Tensor:
+    def on_cpu(*args: Any, **kwargs: Any) -> Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = CPU
         return factory(*args, **kwargs)
@@ -69,7 +72,7 @@ def _answer_cuda_calls() -> None:
     cuda.stream = lambda *_: contextlib.nullcontext()
     cuda.synchronize = lambda *_: None
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
-    torch.Tensor.cuda = lambda self, *_, **__: self
+    Tensor.cuda = lambda self, *_, **__: self
     for name in ("zeros", "ones", "tensor"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
@@ -78,9 +81,13 @@ def _accept_split_sizes_as_tensors() -> None:
     """Megatron turns the split sizes of an all-to-all into lists only if they are CUDA tensors; gloo wants lists."""
     original = dist.all_to_all_single
 
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):  # noqa: ANN001, ANN202, A002
-        sizes = [s.tolist() if hasattr(s, "tolist") else s for s in (output_split_sizes, input_split_sizes)]
-        return original(output, input, *sizes, *args, **kwargs)
+    def all_to_all_single(
+        output: Tensor, sent: Tensor, output_sizes: Any = None, input_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        names = ("output_split_sizes", "input_split_sizes")
+        sizes = [kwargs.pop(name, given) for name, given in zip(names, (output_sizes, input_sizes), strict=True)]
+        sizes = [size.tolist() if hasattr(size, "tolist") else size for size in sizes]
+        return original(output, sent, *sizes, *args, **kwargs)
 
     dist.all_to_all_single = all_to_all_single
 
@@ -92,7 +99,7 @@ def _allow_norm_under_sequence_parallel() -> None:
     """
     from megatron.core.transformer import torch_norm
 
-    def make(cls, config, hidden_size, eps=1e-5, **_):  # noqa: ANN001, ANN003, ANN202
+    def make(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.RMSNorm:
         norm = torch.nn.RMSNorm(hidden_size, eps=eps)
         norm.weight.sequence_parallel = config.sequence_parallel
         return norm
@@ -106,9 +113,8 @@ def import_megatron_on_cpu() -> None:
     _accept_split_sizes_as_tensors()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import megatron.core.models.gpt.gpt_layer_specs
-        import megatron.core.models.gpt.gpt_model
-        import megatron.core.optimizer
+        for name in ("models.gpt.gpt_layer_specs", "models.gpt.gpt_model", "optimizer", "pipeline_parallel"):
+            importlib.import_module(f"megatron.core.{name}")
         from megatron.core.transformer.moe import moe_utils
 
     for module in list(sys.modules.values()):

@@ -171,9 +171,10 @@ class DefaultCorpus:
     def __iter__(self) -> Iterator[str]:
         if self._documents is None:
             self._documents = sympy_sources()
-            for texts in solved_problems(**self._settings):
+            for number, texts in enumerate(solved_problems(**self._settings), start=1):
                 self._documents += texts
-                self._report(f"reading: {len(self._documents):,} documents")
+                if number % 7 == 0:
+                    self._report(f"making problems: {number} of {len(GENERATORS)} kinds")
             random.Random(self._settings["seed"]).shuffle(self._documents)
             self.num_bytes = sum(len(text) for text in self._documents)
         self.bytes_read = 0

@@ -73,7 +73,7 @@ def build_dataset(
 
     pairs = parse_blend(blend, "data")
     folder = cache_folder([prefix for prefix, _ in pairs], cache_dir)
-    vocab_size, eod = (tokenizer.vocab_size, tokenizer.eos_id) if tokenizer is not None else (2**31, -1)
+    vocab_size, eod = (tokenizer.vocab_size, tokenizer.eos_id) if tokenizer is not None else (2**31, 0)
     try:
         files = [PackedFile(prefix, sequence_length, seed, folder, vocab_size, eod) for prefix, _ in pairs]
         weights = [file.samples_per_epoch if w is None else w for file, (_, w) in zip(files, pairs, strict=True)]

@@ -7,6 +7,7 @@ that a rank draws its experts only.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +20,28 @@ from r1mega.moe.router import Router
 DATA_AXES = ("dp", "edp")
 
 
-def local_slices(parameter: Tensor) -> tuple[slice, ...]:
-    """Which part of the global tensor this rank's shard is.
+def local_slices(parameter: Tensor, coordinates: Mapping[str, int] | None = None) -> tuple[slice, ...]:
+    """Which part of the global tensor a rank's shard is.
 
     Model-parallel axes cut first (evenly); then FSDP cuts what is left over its data-parallel axis, the way
     ``torch.chunk`` does, so that the last ranks may hold less, or nothing.
+
+    Args:
+        parameter: a parameter after FSDP, or before it, or any plain tensor (which is whole).
+        coordinates: where the rank stands on each axis (:meth:`r1mega.parallel_state.Layout.coordinates`); None is this
+            rank.
     """
     ranges = [[0, size] for size in parameter.shape]
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
-        axes = list(zip(mesh.mesh_dim_names, mesh.shape, mesh.get_coordinate(), parameter.placements, strict=True))
-        for _, size, index, placement in sorted(axes, key=lambda axis: axis[0] in DATA_AXES):
+        if coordinates is None:
+            coordinates = dict(zip(mesh.mesh_dim_names, mesh.get_coordinate(), strict=True))
+        axes = list(zip(mesh.mesh_dim_names, mesh.shape, parameter.placements, strict=True))
+        for name, size, placement in sorted(axes, key=lambda axis: axis[0] in DATA_AXES):
             if placement.is_replicate():
                 continue
             start, stop = ranges[placement.dim]
-            step = -(-(stop - start) // size)
+            index, step = coordinates[name], -(-(stop - start) // size)
             ranges[placement.dim] = [min(start + index * step, stop), min(start + (index + 1) * step, stop)]
     return tuple(slice(start, stop) for start, stop in ranges)
 

@@ -21,14 +21,14 @@ class Kind(StrEnum):
 
 
 class Action(NamedTuple):
-    """One thing that a rank does; prints as ``2F0``: stage 2, forward, microbatch 0. R has no microbatch: ``2R``."""
+    """One thing that a rank does; prints as ``2F0``: stage 2, forward, microbatch 0. R has none (-1): ``2R``."""
 
     kind: Kind
     stage: int
-    microbatch: int | None = None
+    microbatch: int = -1
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{'' if self.microbatch is None else self.microbatch}"
+        return f"{self.stage}{self.kind}{'' if self.kind is Kind.R else self.microbatch}"
 
     @classmethod
     def parse(cls, text: str) -> Action:
@@ -71,7 +71,7 @@ class Table:
     @property
     def num_microbatches(self) -> int:
         """One more than the highest microbatch of any action; 0 for an empty table."""
-        return 1 + max((a.microbatch for row in self.rows for a in row if a.microbatch is not None), default=-1)
+        return 1 + max((action.microbatch for row in self.rows for action in row), default=-1)
 
     def stages_of(self, rank: int) -> list[int]:
         """The stages that ``rank`` holds."""
@@ -85,7 +85,7 @@ class Table:
 
     @classmethod
     def from_csv(cls, text: str) -> Table:
-        """Read what :meth:`to_csv` writes. Empty cells (idle time) are skipped; a stage belongs to the rank that runs it.
+        """Read what :meth:`to_csv` writes. Empty cells (idle time) are skipped; a stage is on the rank that runs it.
 
         Raises ScheduleError for a cell that is not an action, a stage on two ranks and a missing stage number.
         """

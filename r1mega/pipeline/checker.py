@@ -42,9 +42,10 @@ def _check_placement(table: Table) -> None:
         for action in row:
             if not 0 <= action.stage < table.num_stages:
                 raise ScheduleError(rank, action, f"there are {table.num_stages} stages only")
-            if table.stage_to_rank[action.stage] != rank:
-                raise ScheduleError(rank, action, f"stage {action.stage} is on rank {table.stage_to_rank[action.stage]}")
-            if (action.microbatch is None) != (action.kind is Kind.R):
+            owner = table.stage_to_rank[action.stage]
+            if owner != rank:
+                raise ScheduleError(rank, action, f"stage {action.stage} is on rank {owner}")
+            if (action.microbatch < 0) != (action.kind is Kind.R):
                 raise ScheduleError(rank, action, "every action but R has a microbatch, and R has none")
 
 
@@ -127,9 +128,12 @@ def check_transfers(ranks: list[Program]) -> None:
         pass
     blocked = [program for program in ranks if position[program.rank] < len(program.steps)]
     if blocked:
-        waits = [(program.rank, program.steps[position[program.rank]]) for program in blocked]
-        story = "; ".join(f"rank {r} waits in {step.action} for {step.takes} on rank {step.takes.source}" for r, step in waits)
-        raise ScheduleError(waits[0][0], waits[0][1].action, f"deadlock: {story}")
+        steps = [program.steps[position[program.rank]] for program in blocked]
+        waits = [(program.rank, s.action, s.takes) for program, s in zip(blocked, steps, strict=True) if s.takes]
+        story = "; ".join(
+            f"rank {r} waits in {action} for {wanted} on rank {wanted.source}" for r, action, wanted in waits
+        )
+        raise ScheduleError(waits[0][0], waits[0][1], f"deadlock: {story}")
     for (source, destination), queue in sent.items():
         if queue:
             raise ScheduleError(source, None, f"sends {queue[0]} to rank {destination}, which never takes it")

@@ -94,7 +94,7 @@ class PipelineExecutor:
         for stage in stages.values():
             for module in stage.modules():
                 if hasattr(module, "weight_gradients"):
-                    module.weight_gradients = self.weight_gradients
+                    setattr(module, "weight_gradients", self.weight_gradients)  # noqa: B010  known to no type
 
     def run(self, microbatches: Sequence[Any], forward_only: bool = False) -> dict[str, Tensor]:
         """Run the table once; gradients are added to those that the parameters hold.
@@ -165,7 +165,7 @@ class PipelineExecutor:
         saved = self._saved.pop((step.action.stage, step.action.microbatch))
         gradients = self._take(step)
         assert len(gradients) == len(saved.activations), f"{step.action}: the last stage must not return activations"
-        roots = [*saved.activations, *saved.losses]
+        roots: list[Any] = [*saved.activations, *saved.losses]
         if roots:
             torch.autograd.backward(roots, [*gradients, *(None for _ in saved.losses)])
         if step.gives is not None:
@@ -178,10 +178,12 @@ class PipelineExecutor:
             return ()
         if message.source == message.destination:
             return self._local.pop(message)
+        assert self._transport is not None
         return self._transport.receive(message, step.acknowledged)
 
     def _give(self, message: Message, tensors: tuple[Tensor, ...]) -> None:
-        if message.source != message.destination:
-            self._transport.send(message, tensors)
-        else:
+        if message.source == message.destination:
             self._local[message] = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
+        else:
+            assert self._transport is not None
+            self._transport.send(message, tensors)

@@ -1,7 +1,7 @@
 """Generators of schedule tables. Each one is a function of (ranks, microbatches) and knows nothing of tensors.
 
-Every generator runs the backwards of a stage in the order of the microbatches, so that gradients are added up in the same
-order whatever the schedule.
+Every generator runs the backwards of a stage in the order of the microbatches, so that gradients are added up in the
+same order whatever the schedule.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Program:
-    """What one rank does: its steps, and for each other rank the messages from there, in the order in which they come."""
+    """What one rank does: its steps, and for each other rank the messages from there, in the order of their coming."""
 
     rank: int
     steps: list[Step]

@@ -1,7 +1,7 @@
 """Moves the messages of a schedule between ranks, over torch.distributed point-to-point.
 
-Activations travel as one message, header in front (:mod:`r1mega.pipeline.packing`): the receiver guesses that they are as
-long as the last ones from that stage, and the sender, who knows the guess, sends what does not fit as a second message.
+Activations travel as one message, header in front (:mod:`r1mega.pipeline.packing`): the receiver guesses that they are
+as long as the last ones from that stage, and the sender, who knows the guess, sends what does not fit as a second one.
 Gradients need no header: they look like the activations that went the other way.
 
 On a GPU the header goes through a gloo group (so that no rank waits for its own GPU to read it), the rest through NCCL,
@@ -21,7 +21,6 @@ from torch import Tensor
 from r1mega.pipeline.actions import Kind
 from r1mega.pipeline.packing import HEADER_BYTES, Spec, Specs, decode_header, encode_header, layout, pack, unpack
 from r1mega.pipeline.transfers import Message, Program
-
 
 Flight = tuple[list[dist.Work], list[Tensor]]  # what is under way, and the buffers that must live until it is done
 
@@ -144,7 +143,7 @@ class ProcessGroupTransport:
                 return
             buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs]
             group = self._direction(source, self.rank)
-        channel.posted = [dist.irecv(buffer, group=group, group_src=source) for buffer in buffers], buffers
+        channel.posted = [_receive(buffer, group, source) for buffer in buffers], buffers
 
     def _complete(self, channel: _Channel, message: Message) -> tuple[Tensor, ...]:
         """Wait for the receive under way, and for the second part of the message if there is one."""
@@ -161,7 +160,7 @@ class ProcessGroupTransport:
             first, payload = payload, torch.empty(total, dtype=torch.uint8, device=self.device)
             payload[:guess] = first
             group = self._direction(message.source, self.rank)
-            dist.irecv(payload[guess:], group=group, group_src=message.source).wait()
+            _receive(payload[guess:], group, message.source).wait()
         if self._on_cpu:
             self._guess[self.rank, message.stage] = total
         return unpack(payload, specs)
@@ -181,18 +180,30 @@ class ProcessGroupTransport:
             payload = rest
         with torch.no_grad():
             pack(tensors, specs, payload)
-        works = [dist.isend(first, group=self._header_group, group_dst=peer)]
+        works = [_send(first, self._header_group, peer)]
         if total > guess:
-            works.append(dist.isend(rest, group=self._direction(self.rank, peer), group_dst=peer))
+            works.append(_send(rest, self._direction(self.rank, peer), peer))
         return works, [first, rest]
 
     def _send_gradients(self, message: Message, tensors: tuple[Tensor, ...]) -> Flight:
         buffers = [tensor.contiguous() for tensor in tensors]
         group = self._direction(self.rank, message.destination)
-        return [dist.isend(buffer, group=group, group_dst=message.destination) for buffer in buffers], buffers
+        return [_send(buffer, group, message.destination) for buffer in buffers], buffers
 
     def _direction(self, source: int, destination: int) -> dist.ProcessGroup:
         return self._up if source < destination else self._down
+
+
+def _send(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> dist.Work:
+    work = dist.isend(tensor, group=group, group_dst=peer)
+    assert work is not None, "this rank is not in the group"
+    return work
+
+
+def _receive(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> dist.Work:
+    work = dist.irecv(tensor, group=group, group_src=peer)
+    assert work is not None, "this rank is not in the group"
+    return work
 
 
 def _wait(works: list[dist.Work]) -> None:

@@ -1,8 +1,8 @@
 """Weight gradients as explicit work: run inside the backward, or kept for later.
 
-A layer that knows this store computes only the gradient of its input in its backward and hands over a closure that adds
-the weight gradient to ``weight.grad``. Run at once, that is an ordinary backward (``B``). Kept under (stage, microbatch),
-the backward was an ``I`` of a zero-bubble schedule and the closures are its ``W`` (arXiv 2401.10241).
+A layer that knows this store computes only the gradient of its input in its backward and hands over a closure that
+adds the weight gradient to ``weight.grad``. Run at once, that is an ordinary backward (``B``). Kept under (stage,
+microbatch), the backward was an ``I`` of a zero-bubble schedule and the closures are its ``W`` (arXiv 2401.10241).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from r1mega.config import Config, ConfigError
 from r1mega.settings import dump_config
+from r1mega.train.files import sync_folder, write_whole
 
 CONFIG_FILE = "config.yaml"
 PROGRESS_FILE = "progress.json"
@@ -74,7 +75,7 @@ class Checkpointer:
         Raises:
             CheckpointError: the checkpoint before this one, or the start of this one, failed.
         """
-        self.wait()
+        self.finish()
         self._name = f"step_{progress.step:08d}"
         self._pending = Future()
         temporary = self._folder / f".{self._name}.tmp"
@@ -83,19 +84,26 @@ class Checkpointer:
         written.add_done_callback(partial(self._publish, self._folder / self._name, progress, self._pending))
 
     def failed(self) -> bool:
-        """Whether the checkpoint under way is known to have failed on this rank; :meth:`wait` then says why."""
+        """Whether the checkpoint under way is known to have failed on this rank; :meth:`finish` then says why."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
-    def wait(self) -> None:
-        """Wait until the checkpoint under way is visible. Raises :class:`CheckpointError` if it failed."""
+    def finish(self) -> None:
+        """Wait until the checkpoint under way is visible. A collective call.
+
+        Raises:
+            CheckpointError: it failed; raised on every rank, wherever the cause was.
+        """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         error = pending.exception()
-        if error is not None:
+        failures = torch.tensor([int(error is not None)])
+        dist.all_reduce(failures, group=self._group)
+        if failures.item():
             survivor = newest_checkpoint(self._folder)
             rest = f"the last complete checkpoint is {survivor}" if survivor else "there is no complete checkpoint"
-            raise CheckpointError(f"checkpoint {self._folder / self._name} was not saved: {reason(error)}; {rest}")
+            why = "on another rank" if error is None else reason(error)
+            raise CheckpointError(f"checkpoint {self._folder / self._name} was not saved: {why}; {rest}")
 
     def _publish(self, path: Path, progress: Progress, published: Future[None], written: Future[Metadata]) -> None:
         """In the background thread: on rank 0, make the checkpoint visible, then remove those that are too old."""
@@ -215,28 +223,6 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _remove(path: Path) -> None:
     """Remove a checkpoint; it is invisible from the first moment."""
     hidden = path.with_name(f".{path.name}.tmp")
@@ -290,13 +276,28 @@ class _MetadataUnpickler(pickle.Unpickler):
     """DCP keeps its metadata as a pickle; this one makes nothing but DCP's own records out of it."""
 
     def find_class(self, module: str, name: str) -> object:
-        allowed = module.startswith("torch.distributed.checkpoint.") or (module, name) in _PLAIN_CLASSES
-        if not allowed:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_path = module.split(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath")
+        if not (is_dtype or is_path or name in _METADATA_NAMES.get(module, ())):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
         return super().find_class(module, name)
 
 
-_PLAIN_CLASSES: set[tuple[str, str]] = set()
+_METADATA_NAMES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+}
 
 
 def _read_metadata(path: Path) -> Metadata:

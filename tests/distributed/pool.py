@@ -1,4 +1,4 @@
-"""A pool of real gloo processes that live as long as the test session, so that a distributed test costs milliseconds."""
+"""A pool of real gloo processes that live as long as the test session, so that a test with ranks costs milliseconds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class WorkerPool:
         self._num_jobs = 0
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-        """Call ``function(rank, world_size, *args)`` on ranks 0, 1, ... of a fresh process group; a list of the results.
+        """Call ``function(rank, world_size, *args)`` on ranks 0, 1, ... of a fresh process group; a list of results.
 
         Args:
             function: at the top level of an importable module; arguments and results are pickled.

@@ -20,8 +20,8 @@ from tests.distributed.pool import WorkerPool
 
 WIDTH = 6
 
-# Zero-bubble tables by hand: two ranks; four ranks; and four stages in a V on two ranks, where activations and gradients
-# share each direction. In the last one rank 1 uses its messages in another order than rank 0 sends them.
+# Zero-bubble tables by hand: two ranks; four ranks; and four stages in a V on two ranks, where activations and
+# gradients share each direction. In the last one rank 1 uses its messages in another order than rank 0 sends them.
 BY_HAND = {
     "two ranks": (
         "0F0,0F1,0I0,0F2,0I1,0W0,0I2,0W1,0W2,0R\n"
@@ -75,6 +75,10 @@ class ExplicitLinear(nn.Module):
         self.weight.grad = new if self.weight.grad is None else self.weight.grad + new
 
 
+def repr_table(table: Table) -> str:
+    return f"{table.num_ranks}x{table.num_microbatches}"
+
+
 def mlp(num_stages: int) -> list[nn.Module]:
     torch.manual_seed(0)
     linears = [nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(2 * num_stages)]
@@ -94,12 +98,16 @@ def microbatches(num: int, step: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def largest_difference(stages: dict[int, nn.Module], reference: list[nn.Module]) -> float:
-    pairs = [(p.grad, q.grad) for s, stage in stages.items() for p, q in zip(stage.parameters(), reference[s].parameters(), strict=True)]
-    assert pairs and all(ours is not None for ours, _ in pairs)
-    return max(((ours - theirs).abs().max() / theirs.abs().max()).item() for ours, theirs in pairs)
+    ours = [p.grad for stage in stages.values() for p in stage.parameters()]
+    theirs = [p.grad for number in stages for p in reference[number].parameters()]
+    assert ours and all(gradient is not None for gradient in ours)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 
 
-def train_mlp(rank: int, world_size: int, table: Table, explicit: bool) -> tuple[float, float, list[int], list[list[str]]]:
+Result = tuple[float, float, list[int], list[list[str]]]
+
+
+def train_mlp(rank: int, world_size: int, table: Table, explicit: bool) -> Result:
     """Two steps; the largest relative difference of gradients and of the loss, the reductions, the layers' calls."""
     modules = mlp(table.num_stages)
     reference = copy.deepcopy(modules)
@@ -133,7 +141,7 @@ class Bias(nn.Module):
         return x + self.bias
 
 
-def assert_same_as_one_process(results: list[tuple[float, float, list[int], list[list[str]]]], table: Table) -> None:
+def assert_same_as_one_process(results: list[Result], table: Table) -> None:
     for rank, (gradients, loss, reduced, _) in enumerate(results):
         assert gradients < 1e-12
         assert loss < 1e-12
@@ -168,7 +176,8 @@ def test_split_backward_gives_the_same_gradients_and_each_weight_gradient_once(p
 
 
 def test_a_full_backward_runs_weight_gradients_at_once_and_a_split_one_later() -> None:
-    full, split = (train_mlp(0, 1, Table.from_csv(t), True)[3] for t in ("0F0,0B0,0F1,0B1,0R", "0F0,0I0,0F1,0I1,0W0,0W1,0R"))
+    tables = "0F0,0B0,0F1,0B1,0R", "0F0,0I0,0F1,0I1,0W0,0W1,0R"
+    full, split = (train_mlp(0, 1, Table.from_csv(text), True)[3] for text in tables)
     assert full == [["input", "weight"] * 4] * 2
     assert split == [["input", "input", "weight", "weight"] * 2] * 2
 
@@ -190,9 +199,8 @@ class MixedStage(nn.Module):
             activations = (microbatch, torch.arange(len(microbatch)), torch.full((), 2.0), microbatch)
         hidden, numbers, scale, _ = activations
         assert numbers.dtype == torch.int64 and scale.dtype == torch.float32
-        assert scale.requires_grad is False
-        if self.stage > 0:
-            assert activations[3].requires_grad and hidden.requires_grad is torch.is_grad_enabled() or not torch.is_grad_enabled()
+        assert not scale.requires_grad
+        assert hidden.requires_grad == activations[3].requires_grad == (self.stage > 0 and torch.is_grad_enabled())
         hidden = torch.tanh(self.linear(hidden)) * (1 + numbers[:, None]) * scale
         loss = (self.stage + 1) * hidden.square().sum()
         metrics = {f"loss {self.stage}": loss, f"rows {self.stage}": torch.tensor(len(hidden))}
@@ -227,7 +235,9 @@ def train_mixed(rank: int, world_size: int, table: Table) -> tuple[float, dict[s
     return difference, {name: value.item() for name, value in metrics.items()}, expected
 
 
-@pytest.mark.parametrize("table", [one_f_one_b(4, 5), gpipe(2, 3), one_f_one_b(1, 2), Table.from_csv(BY_HAND["crossed"])])
+@pytest.mark.parametrize(
+    "table", [one_f_one_b(4, 5), gpipe(2, 3), one_f_one_b(1, 2), Table.from_csv(BY_HAND["crossed"])], ids=repr_table
+)
 def test_tuples_integers_and_losses_of_every_stage(pool: WorkerPool, table: Table) -> None:
     for rank, (difference, metrics, expected) in enumerate(pool.run(train_mixed, table.num_ranks, table)):
         assert difference < 1e-12
@@ -296,7 +306,7 @@ def count_held_activations(rank: int, world_size: int, table: Table) -> tuple[in
     return Token.peak, Token.alive
 
 
-@pytest.mark.parametrize("table", [one_f_one_b(4, 6), gpipe(2, 4)])
+@pytest.mark.parametrize("table", [one_f_one_b(4, 6), gpipe(2, 4)], ids=repr_table)
 def test_activations_live_from_forward_to_backward_as_the_checker_counts(pool: WorkerPool, table: Table) -> None:
     peaks = check(table).peak_activations
     assert pool.run(count_held_activations, table.num_ranks, table) == [(peak, 0) for peak in peaks]

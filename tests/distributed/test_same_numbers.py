@@ -45,6 +45,7 @@ def reference(pool, tied: bool) -> Report:
 
 
 def assert_same(report: Report, expected: Report, rtol: float = 1e-9) -> None:
+    assert not report.disagreements, "ranks hold different copies of the same parameter or gradient"
     for step, losses in enumerate(expected.losses):
         assert report.losses[step] == pytest.approx(losses, rel=rtol), f"losses of step {step}"
         assert report.norms[step] == pytest.approx(expected.norms[step], rel=rtol), f"gradient norm of step {step}"
@@ -74,8 +75,9 @@ def test_a_tied_head_gives_the_same_numbers_too(pool, name):
     assert_same(report, reference(pool, True))
 
 
-def test_the_microbatch_size_does_not_matter(pool):
-    report = pool.run(train, 2, Job(parallel=ParallelConfig(tp=2), microbatch_size=4))[0]
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_microbatch_size_does_not_matter(pool, size):
+    report = pool.run(train, 2, Job(parallel=ParallelConfig(pp=2), microbatch_size=size))[0]
     assert_same(report, reference(pool, False))
 
 
@@ -98,11 +100,11 @@ def test_grouped_query_attention_with_bias_and_norm_gives_the_same_numbers(pool)
         assert_same(pool.run(train, 4, Job(model=model, parallel=parallel, num_steps=2))[0], expected)
 
 
-@pytest.mark.parametrize("name", ["tp2_pp2_ep2_dp2", "pp2_etp2_ep2", "tp4_etp2_ep1"])
+@pytest.mark.parametrize("name", ["tp2_pp2_ep2_dp2", "pp2_etp2_ep2"])
 def test_twenty_float32_steps_have_the_same_loss_curve(pool, name):
     world_size, parallel = LAYOUTS[name]
-    expected = pool.run(train, 1, Job(num_steps=20, dtype=torch.float32, keep_gradients=False))[0]
-    job = Job(parallel=parallel, num_steps=20, dtype=torch.float32, keep_gradients=False)
+    expected = pool.run(train, 1, Job(num_steps=20, dtype=torch.float32, microbatch_size=4, keep_gradients=False))[0]
+    job = Job(parallel=parallel, num_steps=20, dtype=torch.float32, microbatch_size=4, keep_gradients=False)
     report = pool.run(train, world_size, job)[0]
     for step in range(20):
         assert report.losses[step]["loss"] == pytest.approx(expected.losses[step]["loss"], rel=1e-5)

@@ -61,7 +61,7 @@ class Job:
     model: ModelConfig = field(default_factory=tiny_model)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     num_steps: int = 3
-    microbatch_size: int = 1
+    microbatch_size: int = 2
     dtype: torch.dtype = torch.float64
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=1e-2, clip_grad=0.5, weight_decay=0.1)
@@ -79,6 +79,7 @@ class Report:
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    disagreements: list[str] = field(default_factory=list)
 
 
 def global_batch(step: int, vocab_size: int) -> torch.Tensor:
@@ -126,19 +127,20 @@ def train(rank: int, world_size: int, job: Job) -> Report:
         gradients.finish()
         norm = gradients.norm()
         if job.keep_gradients:
-            report.gradients.append(_merge({name: parameter.grad for name, parameter in parameters}))
+            report.gradients.append(_merge({name: parameter.grad for name, parameter in parameters}, report))
         gradients.clip(norm, job.optimizer.clip_grad)
         optimizer.step(job.optimizer.learning_rate)
         update_router_bias(stage, state)
         report.losses.append(_sum_over_ranks(metrics))
         report.norms.append(norm)
-    report.parameters = _merge(dict(parameters))
-    report.biases = _merge({name: buffer for name, buffer in stage.named_buffers() if name.endswith("bias")})
+    report.parameters = _merge(dict(parameters), report)
+    biases = {name: buffer for name, buffer in stage.named_buffers() if name.endswith("bias")}
+    report.biases = _merge(biases, report)
     return report if rank == 0 else Report()
 
 
-def _merge(mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Put the ranks' shards together on rank 0; where two ranks hold the same elements they must agree."""
+def _merge(mine: dict[str, torch.Tensor], report: Report) -> dict[str, torch.Tensor]:
+    """Put the ranks' shards together on rank 0; notes in the report where two ranks disagree on an element."""
     shards = {
         name: (tuple(tensor.shape), local_slices(tensor), local(tensor).detach().clone()) for name, tensor in mine.items()
     }
@@ -149,7 +151,8 @@ def _merge(mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name, (shape, slices, shard_) in part.items():
             whole = merged.setdefault(name, torch.full(shape, torch.nan, dtype=shard_.dtype))
             known = ~whole[slices].isnan()
-            torch.testing.assert_close(whole[slices][known], shard_[known], rtol=1e-9, atol=1e-12, msg=f"copies of {name}")
+            if not torch.allclose(whole[slices][known], shard_[known], rtol=1e-9, atol=1e-12):
+                report.disagreements.append(name)
             whole[slices] = shard_
     for name, whole in merged.items():
         assert not whole.isnan().any(), f"nobody holds a part of {name}"

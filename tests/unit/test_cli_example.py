@@ -91,9 +91,7 @@ def test_default_data_is_found_from_any_working_directory_and_another_corpus_nee
     assert (own.data.train, own.data.checksum) == (["mine"], None)
 
 
-def test_default_data_is_prepared_once_and_a_failure_is_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_data_is_prepared_once_and_a_failure_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = load()
     data = example["DATA"] = tmp_path / "data/default"
     commands: list[list[str]] = []

@@ -27,15 +27,21 @@ MOE = ["--model.moe.num_experts=16", "--model.moe.top_k=4"]
         ),
         (["--model.attention.rope.factor=-1"], "model.attention.rope.factor=-1.0: must be positive"),
         ([*MOE, "--model.moe.top_k=17"], "model.moe.top_k=17: must be at most 16, the experts in the kept groups"),
-        ([*MOE, "--model.moe.num_groups=3"], "model.moe.num_groups=3: must divide model.moe.num_experts (16); try 2, 4, 8 or 16"),
+        (
+            [*MOE, "--model.moe.num_groups=3"],
+            "model.moe.num_groups=3: must divide model.moe.num_experts (16); try 2, 4, 8 or 16",
+        ),
         ([*MOE, "--model.moe.top_k_groups=2"], "model.moe.top_k_groups=2: must be at most model.moe.num_groups (1)"),
-        ([*MOE, "--model.moe.num_groups=16", "--model.moe.top_k_groups=4"], "model.moe.num_groups=16: each group needs two experts at least"),
+        (
+            [*MOE, "--model.moe.num_groups=16", "--model.moe.top_k_groups=4"],
+            "model.moe.num_groups=16: each group needs two experts at least",
+        ),
         ([*MOE, "--model.moe.pad_to_capacity=true"], "model.moe.pad_to_capacity=True: needs model.moe.capacity_factor"),
         (["--data.sequence_length=-1"], "data.sequence_length=-1: must be positive"),
         (["--optimizer.beta2=1"], "optimizer.beta2=1.0: must be in [0, 1)"),
         (["--train.keep_checkpoints=0"], "train.keep_checkpoints=0: must be positive"),
     ],
-)  # fmt: skip
+)
 def test_a_value_that_cannot_work_is_named_with_what_fits(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(flags)
@@ -102,7 +108,9 @@ def test_dump_and_parse_keep_every_setting_when_none_is_its_default(tmp_path: Pa
             checkpoint="[dir] 1e3",
             norm_eps=1e-12,
             num_mtp_layers=2,
-            attention=config.AttentionConfig(kind="gqa", num_heads=8, num_kv_heads=2, rope=config.RopeConfig(theta=1e6)),
+            attention=config.AttentionConfig(
+                kind="gqa", num_heads=8, num_kv_heads=2, rope=config.RopeConfig(theta=1e6)
+            ),
             moe=config.MoEConfig(num_experts=8, capacity_factor=1.25, score_bias=False),
         ),
         parallel=config.ParallelConfig(tp=2, placement="Et*3|t*4mL"),

@@ -21,14 +21,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "\n\n", "  two  spaces  ", "tab\tand\r\nreturn", "\0", "ﬁ ①", "北京 🚀", "<think>\nx</think><answer>72</answer>"],
+    [
+        "",
+        " ",
+        "\n\n",
+        "  two  spaces  ",
+        "tab\tand\r\nreturn",
+        "\0",
+        "ﬁ ①",
+        "北京 🚀",
+        "<think>\nx</think><answer>72</answer>",
+    ],
 )
 def test_any_text_comes_back_as_it_was(model: Path, text: str) -> None:
     tokenizer = Tokenizer.load(model)
     ids = tokenizer.encode(text, bos=True, eos=True)
     assert tokenizer.decode(ids) == text
     assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
-    assert 0 <= min(ids) and max(ids) < tokenizer.vocab_size == 300
+    assert min(ids) >= 0 and max(ids) < tokenizer.vocab_size == 300
 
 
 def test_symbols_and_digits_are_single_tokens(model: Path) -> None:

@@ -96,7 +96,7 @@ def test_csv_that_is_no_table_is_refused(csv: str, message: str) -> None:
         (["0F0 0I0 0R 0W0"], "rank 0, action 0W0: comes after 0R"),
         (["0F0 0B0 0R", ""], "rank 1: holds no stage"),
         (["0R"], "rank 0: there is no microbatch"),
-        (["1F0 0F0 0B0 1B0 0R 1R"], "rank 0, action 1F0: deadlock: rank 0 waits in 1F0 for the activations from stage 0"),
+        (["1F0 0F0 0B0 1B0 0R 1R"], "rank 0, action 1F0: deadlock: rank 0 waits in 1F0 for the activations"),
     ],
 )
 def test_a_refusal_names_rank_action_and_reason(rows: list[str], message: str) -> None:
@@ -141,7 +141,7 @@ def test_a_message_that_nobody_takes_is_refused() -> None:
     ranks = programs(gpipe(2, 1))
     ranks[1].steps.clear()
     ranks[0].steps.pop(1)
-    with pytest.raises(ScheduleError, match="rank 0: sends the activations from stage 0, microbatch 0 to rank 1, which never"):
+    with pytest.raises(ScheduleError, match="rank 0: sends the activations .* to rank 1, which never takes"):
         check_transfers(ranks)
 
 

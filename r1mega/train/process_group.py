@@ -1,0 +1,74 @@
+"""Starting the process group, and saying clearly which process a job was lost to."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# A live rank answers within seconds; this bounds the wait for one that hangs.
+TIMEOUT = timedelta(minutes=10)
+LOST_PEER = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|timed out|timeout|remote process exited|unhandled system error",
+    re.IGNORECASE,
+)
+
+
+def start_process_group() -> torch.device:
+    """Join the other processes that torchrun has started, or make a world of one. NCCL with a GPU, gloo without.
+
+    Returns:
+        The device of this rank.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
+    # gloo stays at hand on a GPU, too: checkpoints are written from the CPU.
+    backend, device_id = ("gloo", None) if device.type == "cpu" else ("cpu:gloo,cuda:nccl", device)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+    return device
+
+
+class Peers:
+    """Who the other ranks are, to name the one that died. Building it is a collective call."""
+
+    def __init__(self) -> None:
+        mine = (socket.gethostname(), os.getpid())
+        everyone: list[tuple[str, int]] = [mine] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        self._host, self._everyone = mine[0], everyone
+
+    def explain(self, error: BaseException) -> str | None:
+        """One line on the peer that ``error`` comes from; None where no lost peer is the cause."""
+        dead = [rank for rank, (host, pid) in enumerate(self._everyone) if host == self._host and not _is_alive(pid)]
+        if dead:
+            names = ", ".join(f"rank {rank} (process {self._everyone[rank][1]})" for rank in dead)
+            return f"{names} died"
+        return f"another rank was lost: {_one_line(error)}" if LOST_PEER.search(str(error)) else None
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether process ``pid`` runs; one that has ended but is not yet reaped by its parent does not."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return state not in ("Z", "X")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,66 @@
+"""The output folder of a run: what lies where, and whether a run may begin or go on there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from r1mega.config import Config, ConfigError
+from r1mega.settings import dump_config
+from r1mega.train.checkpoint import check, first_difference, newest_checkpoint, remove_stale
+from r1mega.train.files import write_whole
+from r1mega.train.metrics import METRICS_FILE
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINT_FOLDER = "checkpoints"
+LOSS_PICTURE = "loss.png"
+LOAD_PICTURE = "expert_load.png"
+
+
+def prepare_folder(config: Config) -> Path | None:
+    """Check and prepare ``train.output_dir``; rank 0 does it, before any process group is made.
+
+    Returns:
+        The checkpoint to go on from, None to begin at the beginning.
+
+    Raises:
+        ConfigError: the folder holds another run, cannot be written, or its checkpoint does not fit.
+    """
+    folder = Path(config.train.output_dir)
+    checkpoint = None
+    if _holds_run(folder):
+        if not config.train.resume:
+            raise ConfigError(
+                f"train.output_dir={folder}: holds another run; name another folder, or add --train.resume true to go on with it"
+            )
+        checkpoint = newest_checkpoint(folder / CHECKPOINT_FOLDER)
+        if checkpoint is not None:
+            check(checkpoint, config)
+        else:
+            _check_settings(folder / CONFIG_FILE, config)
+    try:
+        (folder / CHECKPOINT_FOLDER).mkdir(parents=True, exist_ok=True)
+        remove_stale(folder / CHECKPOINT_FOLDER)
+        write_whole(folder / CONFIG_FILE, dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"train.output_dir={folder}: cannot be written: {error.strerror}") from error
+    return checkpoint
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG_FILE, CHECKPOINT_FOLDER, METRICS_FILE))
+
+
+def _check_settings(path: Path, config: Config) -> None:
+    """A run that never got to a checkpoint begins anew, but not as another run."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"train.output_dir={path.parent}: {path.name} cannot be read; name another folder")
+    difference = first_difference(settings, config.to_dict()) if settings else None
+    if difference is not None:
+        name, there, here = difference
+        raise ConfigError(f"{name}={here}: must be {there}, as in the run in {path.parent}, or name another train.output_dir")

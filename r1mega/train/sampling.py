@@ -1,0 +1,72 @@
+"""A text sampled from the model, by whole forward passes through the pipeline: to look at, not to serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from r1mega.data.batch import Batch
+from r1mega.data.tokenizer import Tokenizer
+from r1mega.parallel_state import ParallelState
+from r1mega.pipeline.executor import PipelineExecutor
+from r1mega.pipeline.schedules import gpipe
+
+TEMPERATURE = 0.7
+
+
+def sample_text(
+    stages: Mapping[int, nn.Module],
+    state: ParallelState,
+    tokenizer: Tokenizer,
+    prompt: str,
+    num_tokens: int,
+    max_length: int,
+    seed: int,
+) -> str:
+    """Continue ``prompt`` by up to ``num_tokens`` tokens; the text, without the prompt, on every rank. A collective call.
+
+    The executor takes over the stages' weight-gradient stores, so this comes after the training.
+
+    Args:
+        stages: this rank's stages by number.
+        state: the layout's groups.
+        tokenizer: of the model.
+        prompt: the beginning.
+        num_tokens: how many tokens to add at most; an end-of-document token ends the text.
+        max_length: of prompt and text together.
+        seed: decides the samples.
+    """
+    executor = PipelineExecutor(gpipe(state.size("pp"), 1), stages, state.group("pp") if state.size("pp") > 1 else None)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = (tokenizer.encode(prompt, bos=True) or [tokenizer.eos_id])[-max_length:]
+    start = len(tokens)
+    for _ in range(min(num_tokens, max_length - start)):
+        metrics = executor.run([_batch(tokens, state)], forward_only=True)
+        token = _choose(metrics.get("logits"), len(tokens) - 1, tokenizer.vocab_size, generator, state)
+        if token == tokenizer.eos_id:
+            break
+        tokens.append(token)
+    return tokenizer.decode(tokens[start:])
+
+
+def _batch(tokens: list[int], state: ParallelState) -> Batch:
+    """One sequence, padded so that tensor parallelism can cut it; causal attention never looks at the padding."""
+    padded = tokens + [0] * (-len(tokens) % state.size("tp"))
+    return Batch(torch.tensor([padded], device=state.device), None, None, num_loss_tokens=1, num_sequences=1)
+
+
+def _choose(
+    logits: Tensor | None, position: int, vocab_size: int, generator: torch.Generator, state: ParallelState
+) -> int:
+    """Draw the next token on the first rank of the last stage, which tells all others."""
+    chooser = state.layout.groups("pp")[0][-1]
+    token = torch.zeros(1, dtype=torch.int64)
+    if state.rank == chooser:
+        probabilities = torch.softmax(logits[position, :vocab_size].double().cpu() / TEMPERATURE, dim=-1)
+        token = torch.multinomial(probabilities, 1, generator=generator)
+    token = token.to(state.device)
+    dist.broadcast(token, src=chooser)
+    return int(token.item())

@@ -1,0 +1,201 @@
+"""Everything one rank needs to train: stages, optimizer, data, checkpoints; and one step of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from r1mega.config import Config
+from r1mega.data.dataset import build_dataset
+from r1mega.data.loader import StepLoader
+from r1mega.data.tokenizer import Tokenizer
+from r1mega.model.blocks import place_blocks
+from r1mega.model.huggingface import load_huggingface
+from r1mega.model.init import initialize
+from r1mega.model.stage import build_stage
+from r1mega.moe.balance import max_over_mean, update_router_bias
+from r1mega.optim.adamw import AdamW
+from r1mega.optim.gradients import Gradients
+from r1mega.optim.schedule import learning_rate
+from r1mega.parallel_state import ParallelState
+from r1mega.pipeline.executor import PipelineExecutor
+from r1mega.pipeline.schedules import SCHEDULES
+from r1mega.train.checkpoint import Checkpointer, Progress, load
+from r1mega.train.run_folder import CHECKPOINT_FOLDER
+from r1mega.train.sharding import named_shards, reduce_gradients, reshard, shard
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+LOAD_STEPS = 20
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on. Raised on all ranks; the message is one line, fit to be shown to a user as it is."""
+
+
+class Trainer:
+    """One rank's part of a training run. Building it is a collective call.
+
+    Args:
+        config: the job.
+        state: the layout's groups.
+        checkpoint: where to go on from; None begins at the beginning.
+    """
+
+    def __init__(self, config: Config, state: ParallelState, checkpoint: Path | None = None) -> None:
+        self.config, self.state = config, state
+        self.stages = build_stages(config, state)
+        fresh = checkpoint is None
+        for stage in self.stages.values():
+            if fresh and config.model.checkpoint is not None:
+                load_huggingface(stage, config.model, config.model.checkpoint)
+            else:
+                initialize(stage, config.model, config.train.seed)
+        self.parameters = named_shards(self.stages.values())
+        self.optimizer = AdamW(self.parameters, config.optimizer)
+        self.gradients = Gradients(self.parameters, state)
+        self.progress = Progress(0, 0) if fresh else self._load(checkpoint)
+        self.checkpointer = Checkpointer(Path(config.train.output_dir) / CHECKPOINT_FOLDER, config)
+        self.executor = build_executor(config, state, self.stages)
+        self.tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer is not None else None
+        train, valid = config.train, config.data.valid
+        self.loader = self._loader(config.data.train, train.num_steps, prefetch=True)
+        self.valid_loader = self._loader(valid, train.valid_batches, prefetch=False) if valid and train.valid_batches else None
+        self.recent_loads: deque[dict[str, Tensor]] = deque(maxlen=LOAD_STEPS)
+        self._metric_names = metric_names(config)
+
+    def step(self) -> dict[str, int | float]:
+        """One optimizer step; its metrics, the same on every rank. Raises :class:`TrainingError`."""
+        started = time.perf_counter()
+        config, number = self.config, self.progress.step + 1
+        batches = [batch.to(self.state.device) for batch in self.loader.step(number - 1)]
+        losses = self.executor.run(batches)
+        self.gradients.finish()
+        norm = self.gradients.norm()
+        if not math.isfinite(norm):
+            raise TrainingError(f"step {number}: the gradient norm is {norm}; lower optimizer.learning_rate, or look at the data")
+        if config.optimizer.clip_grad > 0:
+            self.gradients.clip(norm, config.optimizer.clip_grad)
+        rate = learning_rate(number, config.optimizer, config.train.num_steps)
+        self.optimizer.step(rate)
+        loads = self._update_router_bias()
+        tokens = config.train.global_batch_size * config.data.sequence_length
+        self.progress = Progress(number, self.progress.tokens + tokens)
+        metrics = {"step": number, "tokens": self.progress.tokens}
+        metrics |= self._reduce(losses, loads)
+        metrics |= {"grad_norm": norm, "learning_rate": rate}
+        seconds = time.perf_counter() - started
+        return metrics | {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+
+    def validate(self) -> float | None:
+        """Mean loss over the validation batches, the same on every rank; None without validation data."""
+        if self.valid_loader is None:
+            return None
+        total = 0.0
+        for index in range(self.config.train.valid_batches):
+            batches = [batch.to(self.state.device) for batch in self.valid_loader.step(index)]
+            total += self._sum_over_ranks([self.executor.run(batches, forward_only=True).get("loss", 0.0)])[0]
+        for stage in self.stages.values():
+            reshard(stage)
+        return total / self.config.train.valid_batches
+
+    def save(self) -> None:
+        """Begin to write a checkpoint. Raises :class:`CheckpointError` where the one before it failed."""
+        self.checkpointer.save(self.progress, training_tensors(self.stages.values(), self.optimizer))
+
+    def close(self) -> None:
+        """Wait for the last checkpoint and end the threads."""
+        self.loader.close()
+        self.checkpointer.finish()
+
+    def _load(self, checkpoint: Path) -> Progress:
+        progress = load(checkpoint, training_tensors(self.stages.values(), self.optimizer))
+        first: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, parameter in self.parameters:
+                parameter.to_local().copy_(first.setdefault(name, parameter.to_local()))
+        self.optimizer.copy_to_duplicates()
+        self.optimizer.num_steps = progress.step
+        return progress
+
+    def _loader(self, blend: list[str], num_steps: int, prefetch: bool) -> StepLoader:
+        data, train, state = self.config.data, self.config.train, self.state
+        num_samples = num_steps * train.global_batch_size
+        dataset = build_dataset(blend, data.sequence_length, num_samples, train.seed, data.cache_dir, self.tokenizer)
+        return StepLoader(
+            dataset, state.rank_in("dp"), state.size("dp"), train.global_batch_size, train.microbatch_size, prefetch
+        )
+
+    def _update_router_bias(self) -> dict[str, Tensor]:
+        loads: dict[str, Tensor] = {}
+        for stage in self.stages.values():
+            loads |= update_router_bias(stage, self.state)
+        self.recent_loads.append(loads)
+        return loads
+
+    def _reduce(self, losses: Mapping[str, Tensor], loads: Mapping[str, Tensor]) -> dict[str, float]:
+        """Losses and expert balance of the whole model, in one all-reduce with the news of a failed checkpoint."""
+        ratios = [max_over_mean(load) for load in loads.values()] if self.state.rank_in("tp_dp_cp") == 0 else []
+        values = [losses.get(name, 0.0) for name in self._metric_names]
+        values += [sum(ratios, 0.0), float(len(ratios)), float(self.checkpointer.failed())]
+        *sums, ratio, count, failed = self._sum_over_ranks(values)
+        if failed:
+            self.checkpointer.finish()
+        metrics = dict(zip(self._metric_names, sums))
+        return metrics | ({"expert_load_max_over_mean": ratio / count} if count else {})
+
+    def _sum_over_ranks(self, values: Iterable[Tensor | float]) -> list[float]:
+        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.state.device) for value in values])
+        if self.state.layout.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+
+def build_stages(config: Config, state: ParallelState) -> dict[int, nn.Module]:
+    """This rank's stages by number: cut, sharded, allocated, not yet initialised."""
+    number, dtype = state.rank_in("pp"), DTYPES[config.train.dtype]
+    placed = place_blocks(config.model, config.parallel, config.data.sequence_length, state.size("pp"))
+    # With bfloat16 the parameters are float32 master weights, and are cast when FSDP gathers them.
+    stored = torch.float32 if dtype == torch.bfloat16 else dtype
+    stage = build_stage(config.model, state, placed[number], stored, device="meta")
+    shard(stage, state, dtype)
+    stage.to_empty(device=state.device)
+    return {number: stage}
+
+
+def build_executor(config: Config, state: ParallelState, stages: Mapping[int, nn.Module]) -> PipelineExecutor:
+    """The executor of the schedule that the settings name."""
+    num_microbatches = config.train.global_batch_size // (state.size("dp") * config.train.microbatch_size)
+    table = SCHEDULES[config.parallel.schedule](state.size("pp"), num_microbatches)
+    group = state.group("pp") if state.size("pp") > 1 else None
+    return PipelineExecutor(table, stages, group, lambda number: reduce_gradients(stages[number]))
+
+
+def metric_names(config: Config) -> list[str]:
+    """The losses that a model with these settings reports."""
+    moe = config.model.moe if config.model.moe.num_experts else None
+    reported = {
+        "loss": True,
+        "mtp_loss": config.model.num_mtp_layers > 0,
+        "aux_loss": moe is not None and moe.aux_loss_coefficient > 0,
+        "z_loss": moe is not None and moe.z_loss_coefficient > 0,
+    }
+    return [name for name, is_reported in reported.items() if is_reported]
+
+
+def training_tensors(stages: Iterable[nn.Module], optimizer: AdamW) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, sharing memory with the run: parameters, saved buffers, moments."""
+    found: dict[str, Tensor] = {}
+    for stage in stages:
+        saved = stage.state_dict()
+        tensors = dict(stage.named_parameters()) | dict(stage.named_buffers())
+        for name, tensor in tensors.items():
+            if name in saved:
+                found.setdefault(f"model.{name}", tensor.detach())
+    return found | {f"optimizer.{name}": tensor for name, tensor in optimizer.state().items()}

@@ -7,9 +7,9 @@
 Both implementations train the same model from the same weights on the same tokens in float32 with Adam, one thread a
 process, over gloo; they run in turn, and their losses are compared, which shows that they do the same work. A step
 is 8 sequences over all data-parallel ranks together, whatever the layout; its cost is the CPU time of all ranks and
-threads, which other programs on the machine disturb far less than the time on the wall. Tensor parallelism cuts
-the experts, too, and expert parallelism is data parallelism of the rest. The floor is the products with the weights, measured on one core: no implementation that calls
-this machine's matrix library can be faster.
+threads, which other programs on the machine disturb far less than the time on the wall. Tensor parallelism cuts the
+experts, too, and expert parallelism is data parallelism of the rest. The floor is the products with the weights,
+measured on one core: no implementation that calls this machine's matrix library can be faster.
 
 The table has one line a layout: CPU-seconds per 1,000 tokens of both, their ratio (r1mega / megatron-core; the aim is
 0.7 at most) with its range over the rounds, the floor, and which part of r1mega's time the floor is.
@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.r1mega_step import model_config  # noqa: E402
 from benchmarks.workload import Workload, add_workload_arguments, workload_from  # noqa: E402
 from r1mega.config import ConfigError, ParallelConfig, require, validate_model_layout  # noqa: E402
+from r1mega.model.blocks import place_blocks  # noqa: E402
 
 LAYOUTS = ("1,1,1", "1,1,2", "1,2,1", "2,1,1", "1,2,2")
 PROGRAMS = {"r1mega": "benchmarks.r1mega_step", "megatron-core": "benchmarks.peers.megatron_core"}
@@ -83,7 +84,9 @@ def parse_layout(text: str, workload: Workload) -> ParallelConfig:
     require(len(sizes) == 3 and min(sizes) > 0, "layouts", text, "must be three positive numbers, tp,pp,ep")
     tp, pp, ep = sizes
     parallel = ParallelConfig(tp=tp, pp=pp, ep=ep, etp=tp)
-    validate_model_layout(model_config(workload), parallel)
+    config = model_config(workload)
+    validate_model_layout(config, parallel)
+    place_blocks(config, parallel, workload.sequence_length, pp)
     count = workload.num_microbatches
     require(
         count % ep == 0, "num_microbatches", count, f"must be a multiple of ep ({ep}), which is the data-parallel size"

@@ -44,13 +44,14 @@ def export(run: str | Path, out: str | Path) -> int:
     """
     from r1mega.settings import parse_config
     from r1mega.train.checkpoint import CONFIG_FILE as RUN_CONFIG_FILE
-    from r1mega.train.checkpoint import newest_checkpoint, read_tensors
+    from r1mega.train.checkpoint import check, newest_checkpoint, read_tensors
 
     run, out = Path(run), Path(out)
     checkpoint = newest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise ConfigError(f"RUN={run}: holds no complete checkpoint")
     config = parse_config(["--config", str(checkpoint / RUN_CONFIG_FILE)])
+    check(checkpoint, config)
     _check_out(out)
     temporary = out.resolve().with_name(f".{out.resolve().name}.tmp")
     try:

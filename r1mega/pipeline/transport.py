@@ -109,10 +109,8 @@ class ProcessGroupTransport:
             except RuntimeError as error:
                 raise PeerError(peer, f"waited for {first} from", error) from error
             self._post(peer)
-        tensors = channel.arrived.pop(message)
-        if tensors or message.kind is Kind.F:  # no gradients are no message, and tell nothing of the peer
-            self._release(peer, acknowledged)
-        return tensors
+        self._release(peer, acknowledged)
+        return channel.arrived.pop(message)
 
     def finish(self) -> None:
         for peer, num_sent in self._num_sent.items():

@@ -190,7 +190,7 @@ class MixedStage(nn.Module):
 
     def __init__(self, stage: int, last: bool) -> None:
         super().__init__()
-        self.stage, self.last = stage, last
+        self.stage, self.last, self.made_graph = stage, last, False
         torch.manual_seed(stage)
         self.linear = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
 
@@ -202,6 +202,7 @@ class MixedStage(nn.Module):
         assert not scale.requires_grad
         assert hidden.requires_grad == activations[3].requires_grad == (self.stage > 0 and torch.is_grad_enabled())
         hidden = torch.tanh(self.linear(hidden)) * (1 + numbers[:, None]) * scale
+        self.made_graph = hidden.requires_grad
         loss = (self.stage + 1) * hidden.square().sum()
         metrics = {f"loss {self.stage}": loss, f"rows {self.stage}": torch.tensor(len(hidden))}
         if self.last:
@@ -231,6 +232,7 @@ def train_mixed(rank: int, world_size: int, table: Table) -> tuple[float, dict[s
     difference = largest_difference(stages, reference)
     again = executor.run(batch, forward_only=True)
     assert {n: v.item() for n, v in again.items()} == {n: v.item() for n, v in metrics.items()}
+    assert not any(stage.made_graph for stage in stages.values())
     assert largest_difference(stages, reference) == difference, "forward_only must not touch gradients"
     return difference, {name: value.item() for name, value in metrics.items()}, expected
 

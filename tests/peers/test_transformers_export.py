@@ -48,7 +48,7 @@ def make_run(folder: Path, checkpoint: Path, tokenizer: str, dtype: str = "float
     tensors = dict(stage.named_parameters()) | {name: t for name, t in stage.named_buffers() if name in saved}
     checkpointer = Checkpointer(folder / "checkpoints", config)
     checkpointer.save(Progress(3, 30), {f"model.{name}": tensor.detach() for name, tensor in tensors.items()})
-    checkpointer.wait()
+    checkpointer.finish()
     return stage
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -298,6 +299,7 @@ def test_of_many_processes_one_builds_and_all_read(tmp_path: Path) -> None:
     def build() -> dict[str, numpy.ndarray]:
         with open(tmp_path / "builds", "a") as file:
             file.write("x")
+        time.sleep(0.3)  # long enough for all to want it
         return {"numbers": numpy.arange(1000)}
 
     children = []

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.r1mega_step --ep 2
 
 prints one line of JSON (see :class:`benchmarks.workload.Measurement`). A step is what r1mega's training loop does
-between two batches: the pipeline schedule with the reduction of gradients in it, the global norm, the optimizer.
+between two batches: the pipeline schedule with the reduction of gradients in it, the global norm, the optimizer, and
+the count of the experts' load.
 """
 
 from __future__ import annotations
@@ -25,19 +26,27 @@ from benchmarks.workload import (
     start_process_group,
     workload_from,
 )
-from r1mega.config import AttentionConfig, ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, RopeConfig
+from r1mega.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RopeConfig,
+    TrainConfig,
+)
 from r1mega.data.batch import Batch
 from r1mega.kernels.linear import local
-from r1mega.model.blocks import place_blocks
 from r1mega.model.init import local_slices
-from r1mega.model.stage import build_stage
+from r1mega.moe.balance import update_router_bias
 from r1mega.moe.router import Router
 from r1mega.optim.adamw import AdamW
 from r1mega.optim.gradients import Gradients
 from r1mega.parallel_state import Layout, ParallelState
-from r1mega.pipeline.executor import PipelineExecutor
-from r1mega.pipeline.schedules import SCHEDULES
-from r1mega.train.sharding import named_shards, reduce_gradients, shard
+from r1mega.train.sharding import named_shards
+from r1mega.train.trainer import build_executor, build_stages
 
 
 def model_config(workload: Workload) -> ModelConfig:
@@ -70,33 +79,28 @@ def fill_initial_weights(stage: nn.Module) -> None:
 
 
 class R1megaTrainer:
-    """The workload in r1mega on this rank: stage, schedule, optimizer. The process group must exist."""
+    """The workload in r1mega on this rank: stages, schedule, optimizer. The process group must exist."""
 
     def __init__(self, workload: Workload, tp: int = 1, pp: int = 1, ep: int = 1) -> None:
-        # experts are cut over tp as well, as megatron-core does unless it is told otherwise
-        parallel = ParallelConfig(tp=tp, pp=pp, ep=ep, etp=tp)
-        layout = Layout.from_config(parallel, dist.get_world_size())
-        state = ParallelState(layout)
-        config = model_config(workload)
-        stage_number = state.rank_in("pp")
-        blocks = place_blocks(config, parallel, workload.sequence_length, pp)[stage_number]
-        stage = build_stage(config, state, blocks, torch.float32, "meta")
-        shard(stage, state, torch.float32)
-        stage.to_empty(device="cpu")
-        fill_initial_weights(stage)
-
-        mine = microbatches_of(workload, state.rank_in("dp"), layout.dp)
-        self.batches = [_batch(workload, index) for index in mine]
-        self.executor = PipelineExecutor(
-            SCHEDULES["1f1b"](pp, len(self.batches)),
-            {stage_number: stage},
-            state.group("pp") if pp > 1 else None,
-            lambda _: reduce_gradients(stage),
+        config = Config(
+            model=model_config(workload),
+            # experts are cut over tp as well, as megatron-core does unless it is told otherwise
+            parallel=ParallelConfig(tp=tp, pp=pp, ep=ep, etp=tp),
+            data=DataConfig(sequence_length=workload.sequence_length),
+            optimizer=OptimizerConfig(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0),
+            train=TrainConfig(global_batch_size=workload.num_microbatches),
         )
-        parameters = named_shards([stage])
-        self.gradients = Gradients(parameters, state)
-        self.optimizer = AdamW(parameters, OptimizerConfig(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0))
         self.learning_rate = workload.learning_rate
+        self.state = ParallelState(Layout.from_config(config.parallel, dist.get_world_size()))
+        self.stages = build_stages(config, self.state)
+        for stage in self.stages.values():
+            fill_initial_weights(stage)
+        self.executor = build_executor(config, self.state, self.stages)
+        parameters = named_shards(self.stages.values())
+        self.gradients = Gradients(parameters, self.state)
+        self.optimizer = AdamW(parameters, config.optimizer)
+        mine = microbatches_of(workload, self.state.rank_in("dp"), self.state.size("dp"))
+        self.batches = [_batch(workload, index) for index in mine]
 
     def step(self) -> tuple[float, float]:
         """Train one step; this rank's share of the loss and the global gradient norm."""
@@ -104,7 +108,9 @@ class R1megaTrainer:
         self.gradients.finish()
         norm = self.gradients.norm()
         self.optimizer.step(self.learning_rate)
-        return metrics["loss"].item() if "loss" in metrics else 0.0, norm
+        for stage in self.stages.values():
+            update_router_bias(stage, self.state)
+        return float(metrics.get("loss", 0.0)), norm
 
 
 def _batch(workload: Workload, index: int) -> Batch:

@@ -192,7 +192,7 @@ def model_command(argv: list[str]) -> int:
     config, _ = parse(parser, argv)
     from r1mega.model.summary import parameter_table
 
-    print(parameter_table(config))
+    print(parameter_table(config.model))
     return 0
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1mega.config import Config, ConfigError, ModelConfig
-from r1mega.model.huggingface_config import CONFIG_FILE, first_difference, from_huggingface, read_config, to_huggingface
+from r1mega.model.huggingface_config import CONFIG_FILE, from_huggingface, read_config
+from r1mega.model.huggingface_config_writer import to_huggingface
+from r1mega.model.huggingface_difference import first_difference
 from r1mega.model.huggingface_files import INDEX_FILE, SINGLE_FILE, check_entries, read_entries
 from r1mega.model.huggingface_names import copied_tensors, parameter_shapes, to_huggingface_name
 from r1mega.model.huggingface_tokenizer import write_tokenizer
@@ -138,7 +140,9 @@ def huggingface_tensors(
         if missing.pop(name, None) is None:
             raise ConfigError(f"the run's checkpoint holds {name}, which the model of its config.yaml has no place for")
         if tuple(tensor.shape) != shapes[name]:
-            raise ConfigError(f"{name} has shape {tuple(tensor.shape)} in the run's checkpoint, the model's is {shapes[name]}")
+            raise ConfigError(
+                f"{name} has shape {tuple(tensor.shape)} in the run's checkpoint, the model's is {shapes[name]}"
+            )
         tensor = tensor.to(torch.float32 if name.endswith(BIAS) else dtype)
         if tensor.dim() == 3:
             for expert, matrix in enumerate(tensor):
@@ -154,7 +158,7 @@ def huggingface_tensors(
 
 
 class _FileWriter:
-    """Collects tensors into files of at most :data:`LARGEST_FILE` bytes, and writes the index where there are several."""
+    """Collects tensors into files of at most :data:`LARGEST_FILE` bytes; writes the index where there are several."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -199,8 +203,8 @@ class _FileWriter:
             file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
             os.rename(self._part(index), self.folder / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(self.folder / INDEX_FILE, index)
+        contents = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(self.folder / INDEX_FILE, contents)
         return count
 
 

@@ -6,10 +6,11 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from r1mega.config import ConfigError, ModelConfig
-from r1mega.model.huggingface_config import CONFIG_FILE, TRAINING_SETTINGS, first_difference, from_huggingface, read_config
+from r1mega.config import ConfigError, ModelConfig, MoEConfig
+from r1mega.model.huggingface_config import CONFIG_FILE, from_huggingface, read_config
+from r1mega.model.huggingface_difference import TRAINING_SETTINGS, first_difference
 from r1mega.model.huggingface_files import Entry, TensorReader, check_entries, read_entries
 from r1mega.model.huggingface_names import to_huggingface_name
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 def model_config_from(path: str | Path) -> ModelConfig:
     """The model of the checkpoint folder ``path``, after a check that the folder is whole. No torch, no process group.
 
-    A checkpoint whose ``config.json`` speaks of MTP layers but which holds none of their weights (transformers saves such
-    ones) is a model without MTP layers.
+    A checkpoint whose ``config.json`` speaks of MTP layers but which holds none of their weights (transformers saves
+    such ones) is a model without MTP layers.
 
     Raises:
         ConfigError: one line: another architecture, a file that is missing or cut short, a tensor that does not fit.
@@ -67,7 +68,7 @@ def _with_training_settings(model: ModelConfig, run: ModelConfig) -> ModelConfig
     # What the checkpoint does know (its context, its initial spread) gives way only to what the run has set.
     known = {name for name in ("init_std", "max_position") if getattr(run, name) == getattr(defaults, name)}
 
-    def training(config: object) -> dict[str, object]:
+    def training(config: ModelConfig | MoEConfig) -> dict[str, Any]:
         names = {field.name for field in dataclasses.fields(config)} & TRAINING_SETTINGS - known
         return {name: getattr(config, name) for name in names}
 
@@ -116,7 +117,7 @@ def load_huggingface(
                 progress(done, len(tensors))
     for module in stage.modules():
         if isinstance(module, Router):
-            module.tokens_per_expert.zero_()
+            module.get_buffer("tokens_per_expert").zero_()
 
 
 def named_tensors(stage: nn.Module) -> dict[str, Tensor]:

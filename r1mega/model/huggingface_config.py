@@ -1,13 +1,11 @@
-"""Hugging Face's ``config.json`` to :class:`ModelConfig` and back. Pure: neither torch nor transformers is imported.
+"""Reading Hugging Face's ``config.json`` as :class:`ModelConfig`. Neither torch nor transformers is imported.
 
-Read are DeepSeek-V3 and -R1 (Moonlight, Kimi-K2), Qwen2, Qwen3, Qwen3-MoE and Llama. What a config asks for and the
-model does not do is an error that names the field. Written is DeepSeek's own style (``rope_theta`` and
-``rope_scaling``), which transformers, vLLM and llama.cpp all read.
+Known are DeepSeek-V3 and -R1 (Moonlight, Kimi-K2), Qwen2, Qwen3, Qwen3-MoE and Llama. What a config asks for and the
+model does not do is an error that names the field. ``huggingface_config_writer`` is the way back.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -46,13 +44,6 @@ FIXED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "llama": {"attention_bias": False},
 }
-
-# Settings of a training run; a checkpoint neither has them nor depends on them.
-TRAINING_SETTINGS = frozenset(
-    {"checkpoint", "init_std", "max_position", "mtp_loss_coefficient"}
-    | {"bias_update_rate", "aux_loss_coefficient", "z_loss_coefficient"}
-    | {"capacity_factor", "pad_to_capacity", "force_balance"}
-)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -154,7 +145,9 @@ def _deepseek(fields: _Fields) -> ModelConfig:
     heads = fields.number("num_attention_heads")
     kv_heads = fields.number("num_key_value_heads", heads)
     if kv_heads != heads:
-        raise fields.error("num_key_value_heads", kv_heads, f"must be num_attention_heads ({heads}) with latent attention")
+        raise fields.error(
+            "num_key_value_heads", kv_heads, f"must be num_attention_heads ({heads}) with latent attention"
+        )
     experts = fields.number("n_routed_experts", 0)
     moe = MoEConfig()
     if experts:
@@ -182,9 +175,7 @@ def _deepseek(fields: _Fields) -> ModelConfig:
     )
     mtp_layers = fields.number("num_nextn_predict_layers", fields.number("num_mtp_layers", 0))
     dense_layers = min(fields.number("first_k_dense_replace"), fields.number("num_hidden_layers"))
-    return _model(
-        fields, attention, moe, num_mtp_layers=mtp_layers, first_dense_layers=dense_layers if experts else 0
-    )
+    return _model(fields, attention, moe, num_mtp_layers=mtp_layers, first_dense_layers=dense_layers if experts else 0)
 
 
 def _grouped_query(fields: _Fields, family: str) -> ModelConfig:
@@ -214,7 +205,7 @@ def _grouped_query(fields: _Fields, family: str) -> ModelConfig:
     return _model(fields, attention, moe)
 
 
-def _model(fields: _Fields, attention: AttentionConfig, moe: MoEConfig, **more: int) -> ModelConfig:
+def _model(fields: _Fields, attention: AttentionConfig, moe: MoEConfig, **more: Any) -> ModelConfig:
     """What all families share."""
     return ModelConfig(
         vocab_size=fields.number("vocab_size"),
@@ -271,179 +262,3 @@ def _rope(fields: _Fields) -> RopeConfig:
         mscale=rope.number("mscale", 0.0, kind=float) if all_dim else 1.0,
         mscale_all_dim=all_dim,
     )
-
-
-def huggingface_family(config: ModelConfig) -> str:
-    """The ``model_type`` that can express ``config``. Raises :class:`ConfigError` where none can."""
-    attention, moe = config.attention, config.moe
-    if attention.kind == "mla":
-        if moe.num_experts:
-            _require_exportable(moe.score_function == "sigmoid", "moe.score_function", moe.score_function, "sigmoid")
-        return "deepseek_v3"
-    scaling = attention.rope.mscale_all_dim if attention.rope.scaling == "yarn" else 0.0
-    _require_exportable(not scaling, "attention.rope.mscale_all_dim", scaling, "0 with grouped-query attention")
-    _require_exportable(not config.num_mtp_layers, "num_mtp_layers", config.num_mtp_layers, "0 without latent attention")
-    if moe.num_experts == 0:
-        both = attention.qkv_bias and attention.qk_norm
-        _require_exportable(not both, "attention.qkv_bias", True, "false together with model.attention.qk_norm")
-        return "qwen2" if attention.qkv_bias else "qwen3" if attention.qk_norm else "llama"
-    fits: list[tuple[str, Any]] = [
-        ("attention.qk_norm", True), ("attention.qkv_bias", False), ("first_dense_layers", 0),
-        ("moe.score_function", "softmax"), ("moe.score_bias", False), ("moe.num_shared_experts", 0),
-        ("moe.num_groups", 1), ("moe.routed_scaling_factor", 1.0),
-    ]  # fmt: skip
-    for name, wanted in fits:
-        owner: Any = config
-        for part in name.split("."):
-            owner = getattr(owner, part)
-        shown = str(wanted).lower() if isinstance(wanted, bool) else str(wanted)
-        _require_exportable(owner == wanted, name, owner, f"{shown} for experts with grouped-query attention (Qwen3-MoE)")
-    return "qwen3_moe"
-
-
-def _require_exportable(condition: bool, name: str, value: object, what_fits: str) -> None:
-    if not condition:
-        raise ConfigError(f"model.{name}={value}: no Hugging Face architecture has it; must be {what_fits}")
-
-
-def to_huggingface(config: ModelConfig, dtype: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
-    """``config.json`` of a model, as :func:`from_huggingface` reads it back.
-
-    Args:
-        config: the model.
-        dtype: of the stored weights, ``float32`` or ``bfloat16``.
-        token_ids: ``bos_token_id``, ``eos_token_id``, ``pad_token_id``; None where the tokenizer has none.
-
-    Raises:
-        ConfigError: no Hugging Face architecture can express the model.
-    """
-    family = huggingface_family(config)
-    values: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family]],
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.attention.num_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position,
-        "initializer_range": config.init_std,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        "rope_theta": config.attention.rope.theta,
-        "rope_scaling": _rope_scaling(config.attention.rope),
-        "torch_dtype": dtype,
-        "dtype": dtype,
-        **token_ids,
-    }
-    return values | (_deepseek_fields(config) if family == "deepseek_v3" else _grouped_query_fields(config, family))
-
-
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.scaling == "none":
-        return None
-    common = {"factor": rope.factor, "original_max_position_embeddings": rope.original_max_position}
-    if rope.scaling == "llama3":
-        limits = {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-        return {"rope_type": "llama3"} | common | limits
-    # Null where null is what makes readers compute the factor of the cosines from factor alone.
-    mscales = {"mscale": rope.mscale or None, "mscale_all_dim": rope.mscale_all_dim} if rope.mscale_all_dim else {}
-    return {"type": "yarn", "beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow} | common | mscales
-
-
-def _deepseek_fields(config: ModelConfig) -> dict[str, Any]:
-    attention, moe = config.attention, config.moe
-    return {
-        "num_key_value_heads": attention.num_heads,
-        "attention_bias": False,
-        "q_lora_rank": attention.q_lora_rank,
-        "kv_lora_rank": attention.kv_lora_rank,
-        "qk_nope_head_dim": attention.qk_nope_head_dim,
-        "qk_rope_head_dim": attention.qk_rope_head_dim,
-        "v_head_dim": attention.v_head_dim,
-        "first_k_dense_replace": config.first_dense_layers if moe.num_experts else config.num_layers,
-        "moe_layer_freq": 1,
-        "n_routed_experts": moe.num_experts,
-        "n_shared_experts": moe.num_shared_experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.ffn_hidden_size,
-        "n_group": moe.num_groups,
-        "topk_group": moe.top_k_groups,
-        # Without these two, llama.cpp routes by softmax.
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "norm_topk_prob": moe.normalize_top_k,
-        "routed_scaling_factor": moe.routed_scaling_factor,
-        "num_nextn_predict_layers": config.num_mtp_layers,
-    }
-
-
-def _grouped_query_fields(config: ModelConfig, family: str) -> dict[str, Any]:
-    moe = config.moe
-    values: dict[str, Any] = {"num_key_value_heads": config.attention.kv_heads, "head_dim": config.head_dim}
-    if family != "qwen2":
-        values["attention_bias"] = False
-    if family == "llama":
-        return values | {"mlp_bias": False}
-    values["use_sliding_window"] = False
-    if family != "qwen3_moe":
-        return values
-    return values | {
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.ffn_hidden_size,
-        "norm_topk_prob": moe.normalize_top_k,
-    }
-
-
-def architecture(config: ModelConfig) -> dict[str, Any]:
-    """Every setting that decides weights or logits, by its dotted name (``model.attention.num_heads``).
-
-    What has no effect is left out or made alike: the experts' settings of a dense model, the latent sizes of
-    grouped-query attention, a null that stands for a number.
-    """
-    moe, attention, rope = config.moe, config.attention, config.attention.rope
-    flat = _flatten(dataclasses.asdict(config), "model.")
-    kept = {name: value for name, value in flat.items() if name.rsplit(".", 1)[-1] not in TRAINING_SETTINGS}
-    unused: set[str] = set()
-    if moe.num_experts == 0:
-        unused |= {name for name in kept if name.startswith("model.moe.")} - {"model.moe.num_experts"}
-        unused.add("model.first_dense_layers")
-    elif moe.num_groups == 1:
-        unused.add("model.moe.top_k_groups")
-    latent = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    grouped = ("num_kv_heads", "head_dim", "qkv_bias", "qk_norm")
-    unused |= {f"model.attention.{name}" for name in (latent if attention.kind == "gqa" else grouped)}
-    if attention.kind == "gqa":
-        kept["model.attention.num_kv_heads"] = attention.kv_heads
-        kept["model.attention.head_dim"] = config.head_dim
-    used_by = {
-        "none": {"theta", "scaling"},
-        "yarn": {field.name for field in dataclasses.fields(RopeConfig)} - {"low_freq_factor", "high_freq_factor"},
-        "llama3": {"theta", "scaling", "factor", "original_max_position", "low_freq_factor", "high_freq_factor"},
-    }
-    unused |= {f"model.attention.rope.{f.name}" for f in dataclasses.fields(RopeConfig) if f.name not in used_by[rope.scaling]}
-    if not rope.mscale_all_dim:
-        unused.add("model.attention.rope.mscale")
-    return {name: value for name, value in kept.items() if name not in unused}
-
-
-def first_difference(here: ModelConfig, there: ModelConfig) -> tuple[str, Any, Any] | None:
-    """The first setting of the architecture that differs: its dotted name and both values."""
-    ours, theirs = architecture(here), architecture(there)
-    for name in ours | theirs:
-        if ours.get(name) != theirs.get(name):
-            return name, ours.get(name), theirs.get(name)
-    return None
-
-
-def _flatten(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -90,7 +90,9 @@ def _read_header(folder: Path, file: str) -> dict[str, Entry]:
     for name, entry in entries.items():
         begin, stop = header[name]["data_offsets"]
         if entry.dtype in _BYTES and stop - begin != prod(entry.shape) * _BYTES[entry.dtype]:
-            raise ConfigError(f"model.checkpoint={folder}: {file}: {name} has {stop - begin} bytes for shape {entry.shape}")
+            raise ConfigError(
+                f"model.checkpoint={folder}: {file}: {name} has {stop - begin} bytes for shape {entry.shape}"
+            )
     return entries
 
 
@@ -108,16 +110,16 @@ def check_entries(entries: dict[str, Entry], config: ModelConfig, folder: Path) 
     for name in [name for name in expected if name in entries]:
         entry = entries[name]
         if entry.shape != expected[name]:
-            raise ConfigError(f"model.checkpoint={folder}: {name} has shape {entry.shape}, the model's is {expected[name]}")
+            raise ConfigError(
+                f"model.checkpoint={folder}: {name} has shape {entry.shape}, the model's is {expected[name]}"
+            )
         if entry.dtype not in _BYTES:
             raise ConfigError(f"model.checkpoint={folder}: {name} is {entry.dtype}; must be one of {', '.join(_BYTES)}")
         if entry.dtype == "F8_E4M3":
             expected = expected | _check_scale(name, entries, folder)
     left_over = [name for name in entries if name not in expected and not is_derived(name)]
     if left_over:
-        raise ConfigError(
-            f"model.checkpoint={folder}: {left_over[0]} has no place in the model{_and_more(left_over)}"
-        )
+        raise ConfigError(f"model.checkpoint={folder}: {left_over[0]} has no place in the model{_and_more(left_over)}")
 
 
 def _check_scale(name: str, entries: dict[str, Entry], folder: Path) -> dict[str, Shape]:

@@ -52,7 +52,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 def _layer_shapes(config: ModelConfig, layer: int, prefix: str) -> dict[str, Shape]:
     hidden, moe = config.hidden_size, config.moe
-    shapes: dict[str, Shape] = {f"{prefix}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    shapes: dict[str, Shape] = {
+        f"{prefix}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")
+    }
     attention = _mla_shapes(config) if config.attention.kind == "mla" else _gqa_shapes(config)
     shapes |= {f"{prefix}.self_attn.{name}": shape for name, shape in attention.items()}
     if not config.is_moe_layer(layer):
@@ -70,7 +72,7 @@ def _layer_shapes(config: ModelConfig, layer: int, prefix: str) -> dict[str, Sha
 
 
 def _feed_forward_shapes(prefix: str, hidden: int, width: int) -> dict[str, Shape]:
-    rows = {f"{prefix}.{name}.weight": (width, hidden) for name in ("gate_proj", "up_proj")}
+    rows: dict[str, Shape] = {f"{prefix}.{name}.weight": (width, hidden) for name in ("gate_proj", "up_proj")}
     return rows | {f"{prefix}.down_proj.weight": (hidden, width)}
 
 
@@ -119,7 +121,7 @@ def to_huggingface_name(name: str, config: ModelConfig, expert: int | None = Non
 
 
 def from_huggingface_name(hf_name: str, config: ModelConfig) -> Place:
-    """Where the tensor ``hf_name`` belongs. The inverse of :func:`to_huggingface_name`; nothing is said of existence."""
+    """Where the tensor ``hf_name`` belongs. The inverse of :func:`to_huggingface_name`; it need not exist."""
     name = hf_name.removeprefix("model.")
     expert = None
     if found := _HF_EXPERT.fullmatch(name):

@@ -79,9 +79,11 @@ def _convert(path: Path, folder: Path, max_length: int) -> dict[str, int | None]
     for probe in PROBES:
         ids = converted.encode(probe, add_special_tokens=False).ids
         if ids != processor.encode(probe) or converted.decode(ids) != processor.decode(ids):
-            raise ConfigError(f"data.tokenizer={path}: tokenizer.json would encode {probe!r} in another way; not exported")
+            raise ConfigError(
+                f"data.tokenizer={path}: tokenizer.json would encode {probe!r} in another way; not exported"
+            )
     (folder / TOKENIZER_FILE).write_text(converted.to_str(pretty=True), encoding="utf-8")
-    ids = {name: getattr(processor, f"{name}_id")() for name in ("bos", "eos", "pad")}
+    control = {name: getattr(processor, f"{name}_id")() for name in ("bos", "eos", "pad")}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
@@ -89,10 +91,10 @@ def _convert(path: Path, folder: Path, max_length: int) -> dict[str, int | None]
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
     }
-    config |= {f"{name}_token": processor.id_to_piece(index) for name, index in ids.items() if index >= 0}
+    config |= {f"{name}_token": processor.id_to_piece(index) for name, index in control.items() if index >= 0}
     text = json.dumps(config, indent=2, ensure_ascii=False) + os.linesep
     (folder / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
-    return {f"{name}_token_id": index if index >= 0 else None for name, index in ids.items()}
+    return {f"{name}_token_id": index if index >= 0 else None for name, index in control.items()}
 
 
 def tokenizer_json(model: bytes, source: str) -> dict[str, Any]:
@@ -105,11 +107,11 @@ def tokenizer_json(model: bytes, source: str) -> dict[str, Any]:
     Raises:
         ConfigError: the model does what is not converted (normalisation, a unigram model, ...).
     """
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as messages
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto = messages.ModelProto.FromString(model)  # type: ignore[attr-defined]
     _check_convertible(proto, source)
-    kind = sentencepiece_model_pb2.ModelProto.SentencePiece.Type
+    kind = messages.ModelProto.SentencePiece.Type  # type: ignore[attr-defined]
     pieces = list(enumerate(proto.pieces))
     unknown = next(piece.piece for piece in proto.pieces if piece.type == kind.UNKNOWN)
     joins = _joins({piece.piece: piece.score for piece in proto.pieces if piece.type == kind.NORMAL})

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from r1mega.config import ModelConfig
 
 COMPONENTS = (
-    "embedding", "attention", "dense feed-forward", "router", "routed experts", "shared experts", "norms", "head", "MTP",
-)  # fmt: skip
+    "embedding",
+    "attention",
+    "dense feed-forward",
+    "router",
+    "routed experts",
+    "shared experts",
+    "norms",
+    "head",
+    "MTP",
+)
 # Where in a layer a parameter stands; the norms inside the attention count as attention.
 _IN_LAYER = (
     (r"\.self_attn\.", "attention"),

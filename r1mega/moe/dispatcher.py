@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from r1mega.collectives import all_gather
 from r1mega.kernels.permute import RowMap, combine, map_rows, pad_rows, permute, reorder
 from r1mega.moe.collectives import all_to_all_rows, gather_rows, reduce_scatter_rows
 from r1mega.moe.router import Routing
@@ -141,9 +142,7 @@ def _all_gather_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
     """``[etp, ep, local experts]``: what each rank that shares these experts received."""
     if group.size() == 1:
         return counts.unsqueeze(0)
-    gathered = counts.new_empty(group.size(), *counts.shape)
-    dist.all_gather_into_tensor(gathered, counts.unsqueeze(0), group=group)
-    return gathered
+    return all_gather(counts.unsqueeze(0), group)
 
 
 def _expert_order(counts: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

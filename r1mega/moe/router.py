@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from r1mega.collectives import all_gather
 from r1mega.config import MoEConfig
 from r1mega.parallel_state import ParallelState
 
@@ -156,7 +157,7 @@ class Router(nn.Module):
         config = self.config
         experts, weights = routing.experts_TK, routing.weights_TK.detach()
         if self.group.size() > 1:
-            experts, weights = _gather(experts, self.group), _gather(weights, self.group)
+            experts, weights = all_gather(experts, self.group), all_gather(weights, self.group)
         capacity = expert_capacity(config, length)
         experts = drop_over_capacity(experts, weights, length, config.num_experts, capacity)
         routing.experts_TK = experts.chunk(self.group.size())[self.group.rank()]
@@ -165,9 +166,3 @@ class Router(nn.Module):
 def expert_capacity(config: MoEConfig, length: int) -> int:
     """Tokens that one expert takes of a sequence of ``length`` tokens."""
     return math.ceil(config.capacity_factor * config.top_k * length / config.num_experts)
-
-
-def _gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    gathered = tensor.new_empty(tensor.shape[0] * group.size(), *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
-    return gathered

@@ -58,7 +58,9 @@ class AdamW:
 
     def _moments(self) -> Iterator[tuple[str, str, Tensor, DTensor]]:
         for group in self._groups:
-            for name, parameter, first, second in zip(group.names, group.parameters, group.exp_avg, group.exp_avg_sq):
+            for name, parameter, first, second in zip(
+                group.names, group.parameters, group.exp_avg, group.exp_avg_sq, strict=True
+            ):
                 yield "exp_avg", name, first, parameter
                 yield "exp_avg_sq", name, second, parameter
 

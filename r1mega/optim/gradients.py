@@ -119,7 +119,7 @@ def _all_reduce_together(tensors: list[Tensor], group: ProcessGroup) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def _stages_with_copy(has_copy: bool, state: ParallelState) -> list[int]:

@@ -25,7 +25,8 @@ def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
     if config.schedule == "constant":
         return peak
     if config.schedule == "cosine":
-        return lowest + (peak - lowest) * 0.5 * (1.0 + math.cos(math.pi * _progress(step, config.warmup_steps, num_steps)))
+        turned = math.pi * _progress(step, config.warmup_steps, num_steps)
+        return lowest + (peak - lowest) * 0.5 * (1.0 + math.cos(turned))
     decay_start = max(config.warmup_steps, num_steps - config.decay_steps)
     return peak + (lowest - peak) * _progress(step, decay_start, num_steps)
 

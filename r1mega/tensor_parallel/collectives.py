@@ -6,9 +6,10 @@ Between the cut layers each rank holds ``T / tp`` consecutive tokens. A group of
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from r1mega.collectives import all_gather, reduce_scatter
 
 
 def gather_tokens(input_TH: Tensor, group: ProcessGroup) -> Tensor:
@@ -21,37 +22,23 @@ def reduce_scatter_tokens(input_TH: Tensor, group: ProcessGroup) -> Tensor:
     return input_TH if group.size() == 1 else _ReduceScatterTokens.apply(input_TH, group)
 
 
-def _gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    tensor = tensor.contiguous()
-    gathered = tensor.new_empty(tensor.shape[0] * group.size(), *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, tensor, group=group)
-    return gathered
-
-
-def _reduce_scatter(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    tensor = tensor.contiguous()
-    scattered = tensor.new_empty(tensor.shape[0] // group.size(), *tensor.shape[1:])
-    dist.reduce_scatter_tensor(scattered, tensor, group=group)
-    return scattered
-
-
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_TH, group):
         ctx.group = group
-        return _gather(input_TH, group)
+        return all_gather(input_TH, group)
 
     @staticmethod
     def backward(ctx, grad_TH):
-        return _reduce_scatter(grad_TH, ctx.group), None
+        return reduce_scatter(grad_TH, ctx.group), None
 
 
 class _ReduceScatterTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_TH, group):
         ctx.group = group
-        return _reduce_scatter(input_TH, group)
+        return reduce_scatter(input_TH, group)
 
     @staticmethod
     def backward(ctx, grad_TH):
-        return _gather(grad_TH, ctx.group), None
+        return all_gather(grad_TH, ctx.group), None

@@ -7,45 +7,56 @@ its file. Tensors are saved by name and position in the whole, so any layout can
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
-from r1mega.config import Config, ConfigError
+from r1mega.config import Config
 from r1mega.settings import dump_config
+from r1mega.train.checkpoint_files import (
+    CONFIG_FILE,
+    PROGRESS_FILE,
+    Progress,
+    check,
+    complete_checkpoints,
+    newest_checkpoint,
+    read_metadata,
+    read_progress,
+    read_tensors,
+)
 from r1mega.train.files import sync_folder, write_whole
 
-CONFIG_FILE = "config.yaml"
-PROGRESS_FILE = "progress.json"
-MODEL_PREFIX = "model."
+__all__ = [
+    "CONFIG_FILE",
+    "CheckpointError",
+    "Checkpointer",
+    "Progress",
+    "check",
+    "complete_checkpoints",
+    "load",
+    "newest_checkpoint",
+    "read_tensors",
+    "reason",
+]
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read. The message is one line, fit to be shown to a user as it is."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: optimizer steps and tokens so far. The data position follows from the step."""
-
-    step: int
-    tokens: int
 
 
 class Checkpointer:
@@ -79,7 +90,7 @@ class Checkpointer:
         self._name = f"step_{progress.step:08d}"
         self._pending = Future()
         temporary = self._folder / f".{self._name}.tmp"
-        writer = dcp.FileSystemWriter(temporary)
+        writer = _Writer(temporary)
         written = dcp.async_save(dict(tensors), storage_writer=writer, process_group=self._group)
         written.add_done_callback(partial(self._publish, self._folder / self._name, progress, self._pending))
 
@@ -138,77 +149,6 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> Progress:
     return read_progress(path)
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors (on the CPU) of the model in checkpoint ``path``, one at a time; needs no process group."""
-    metadata = _read_metadata(path)
-    for key, stored in sorted(metadata.state_dict_metadata.items()):
-        if key.startswith(MODEL_PREFIX) and isinstance(stored, TensorStorageMetadata):
-            yield key.removeprefix(MODEL_PREFIX), _read_whole(path, key, stored, metadata)
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The visible checkpoints in ``folder``, oldest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if re.fullmatch(r"step_\d+", path.name)), key=lambda path: int(path.name[5:]))
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The visible checkpoint of the highest step."""
-    return next(reversed(complete_checkpoints(folder)), None)
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove what an interrupted save or removal has left behind."""
-    for path in folder.glob(".step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def check(path: Path, config: Config) -> Progress:
-    """Check that ``config`` can go on from checkpoint ``path``, before any process group is there.
-
-    Raises:
-        ConfigError: the checkpoint is of another model or another run's data order, or it is cut short.
-    """
-    difference = first_difference(read_settings(path), config.to_dict())
-    if difference is not None:
-        name, there, here = difference
-        raise ConfigError(f"{name}={here}: must be {there}, as in the checkpoint {path} that the run goes on from")
-    for name, needed in _needed_sizes(path).items():
-        size = (path / name).stat().st_size if (path / name).exists() else None
-        if size is None or size < needed:
-            found = "is missing" if size is None else f"has {size} bytes of at least {needed}"
-            raise ConfigError(f"checkpoint {path} is cut short: {name} {found}; remove it to go on from an older one")
-    return read_progress(path)
-
-
-def read_settings(path: Path) -> dict:
-    """All settings of the run that wrote checkpoint ``path``. Raises :class:`ConfigError`."""
-    settings = _read_small(path, CONFIG_FILE, yaml.safe_load)
-    if not isinstance(settings, dict):
-        raise ConfigError(f"checkpoint {path} is cut short: {CONFIG_FILE} holds no settings")
-    return settings
-
-
-def read_progress(path: Path) -> Progress:
-    """How far the run was. Raises :class:`ConfigError`."""
-    return _read_small(path, PROGRESS_FILE, lambda text: Progress(**json.loads(text)))
-
-
-# Settings of which a run cannot have two: they decide the shapes, the loss, or which samples a step sees.
-FIXED_SETTINGS = ("model", "data.sequence_length", "train.seed", "train.global_batch_size")
-FREE_SETTINGS = ("model.checkpoint",)
-
-
-def first_difference(there: dict, here: dict) -> tuple[str, object, object] | None:
-    """The first fixed setting that differs: its dotted name and both values."""
-    flat_there, flat_here = _flatten(there), _flatten(here)
-    for name in flat_here | flat_there:
-        fixed = any(name == setting or name.startswith(f"{setting}.") for setting in FIXED_SETTINGS)
-        if fixed and name not in FREE_SETTINGS and flat_there.get(name) != flat_here.get(name):
-            return name, flat_there.get(name), flat_here.get(name)
-    return None
-
-
 def reason(error: BaseException) -> str:
     """The cause of a failed save or load as one line."""
     if isinstance(error, CheckpointException) and error.failures:
@@ -223,90 +163,29 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer, with errors that say why.
+
+    DCP sends a rank's error to the others without the chain of causes, and torch's own words for a full disk are
+    "unexpected pos 704 vs 598".
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(reason(error)) from error
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, with metadata read by :func:`read_metadata`."""
+
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        return read_metadata(Path(self.path))
+
+
 def _remove(path: Path) -> None:
     """Remove a checkpoint; it is invisible from the first moment."""
     hidden = path.with_name(f".{path.name}.tmp")
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _read_small(path: Path, name: str, parse):  # noqa: ANN001, ANN202
-    try:
-        return parse((path / name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"checkpoint {path} is cut short: {name}: {error.strerror}") from error
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ConfigError(f"checkpoint {path} is cut short: {name} cannot be read") from error
-
-
-def _needed_sizes(path: Path) -> dict[str, int]:
-    """The size that each file of the checkpoint has at least."""
-    sizes: dict[str, int] = {}
-    for stored in _read_metadata(path).storage_data.values():
-        sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
-    return sizes
-
-
-def _read_whole(path: Path, key: str, stored: TensorStorageMetadata, metadata: Metadata) -> Tensor:
-    whole = torch.empty(stored.size, dtype=stored.properties.dtype)
-    for chunk in stored.chunks:
-        where = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        with open(path / where.relative_path, "rb") as file:
-            file.seek(where.offset)
-            part = torch.load(io.BytesIO(file.read(where.length)), map_location="cpu", weights_only=True)
-        whole[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes))] = part
-    return whole
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, with metadata read by :func:`_read_metadata`."""
-
-    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        return _read_metadata(Path(self.path))
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """DCP keeps its metadata as a pickle; this one makes nothing but DCP's own records out of it."""
-
-    def find_class(self, module: str, name: str) -> object:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        is_path = module.split(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath")
-        if not (is_dtype or is_path or name in _METADATA_NAMES.get(module, ())):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-        return super().find_class(module, name)
-
-
-_METADATA_NAMES = {
-    "torch": ("Size",),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-}
-
-
-def _read_metadata(path: Path) -> Metadata:
-    """DCP's table of contents. Raises :class:`ConfigError`."""
-    try:
-        with open(path / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except OSError as error:
-        raise ConfigError(f"checkpoint {path} is cut short: .metadata: {error.strerror}") from error
-    except Exception as error:
-        raise ConfigError(f"checkpoint {path} is cut short: .metadata cannot be read ({error})") from error
-    return metadata

@@ -99,7 +99,7 @@ def plot_loss(metrics: list[dict], path: Path) -> None:
 
 
 def _draw_curve(axes, points: list[tuple[int, float]], label: str, marker: str | None) -> None:  # noqa: ANN001
-    steps, values = zip(*points)
+    steps, values = zip(*points, strict=True)
     axes.plot(steps, values, label=f"{label} (last {values[-1]:.3f})", linewidth=1.4, marker=marker, markersize=4)
 
 

@@ -27,7 +27,7 @@ from r1mega.train.trainer import Trainer, TrainingError
 
 
 def pretrain(config: Config) -> int:
-    """Train as ``config`` says; the exit status. torchrun's environment says which rank this is; without it, the only one.
+    """Train as ``config`` says; returns the exit status. torchrun's environment says which rank this is.
 
     Raises:
         ConfigError: a setting or a file does not fit. Nearly all are found before a process group is made.

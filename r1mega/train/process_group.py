@@ -14,7 +14,8 @@ import torch.distributed as dist
 # A live rank answers within seconds; this bounds the wait for one that hangs.
 TIMEOUT = timedelta(minutes=10)
 LOST_PEER = re.compile(
-    r"closed by peer|reset by peer|broken pipe|connection refused|timed out|timeout|remote process exited|unhandled system error",
+    "closed by peer|reset by peer|broken pipe|connection refused|timed out|timeout"  # gloo
+    "|remote process exited|unhandled system error",  # NCCL
     re.IGNORECASE,
 )
 

@@ -39,7 +39,8 @@ class ProgressPrinter:
         """Report a step; needs ``step``, ``loss``, ``grad_norm``, ``tokens_per_second`` and ``step_seconds``."""
         seconds = metrics["step_seconds"]
         # A moving average: the first steps are slower, and a glance at it should not jump.
-        self._seconds_per_step = seconds if self._seconds_per_step is None else 0.9 * self._seconds_per_step + 0.1 * seconds
+        before = seconds if self._seconds_per_step is None else self._seconds_per_step
+        self._seconds_per_step = 0.9 * before + 0.1 * seconds
         now, is_last = time.monotonic(), metrics["step"] >= self._num_steps
         if is_last or now - self._last_printed >= self._pause:
             self._last_printed = now

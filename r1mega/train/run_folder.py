@@ -8,11 +8,10 @@ import yaml
 
 from r1mega.config import Config, ConfigError
 from r1mega.settings import dump_config
-from r1mega.train.checkpoint import check, first_difference, newest_checkpoint, remove_stale
+from r1mega.train.checkpoint_files import CONFIG_FILE, check, first_difference, newest_checkpoint, remove_stale
 from r1mega.train.files import write_whole
 from r1mega.train.metrics import METRICS_FILE
 
-CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 LOSS_PICTURE = "loss.png"
 LOAD_PICTURE = "expert_load.png"
@@ -32,7 +31,8 @@ def prepare_folder(config: Config) -> Path | None:
     if _holds_run(folder):
         if not config.train.resume:
             raise ConfigError(
-                f"train.output_dir={folder}: holds another run; name another folder, or add --train.resume true to go on with it"
+                f"train.output_dir={folder}: holds another run; name another folder, "
+                "or add --train.resume true to go on with it"
             )
         checkpoint = newest_checkpoint(folder / CHECKPOINT_FOLDER)
         if checkpoint is not None:
@@ -63,4 +63,4 @@ def _check_settings(path: Path, config: Config) -> None:
     difference = first_difference(settings, config.to_dict()) if settings else None
     if difference is not None:
         name, there, here = difference
-        raise ConfigError(f"{name}={here}: must be {there}, as in the run in {path.parent}, or name another train.output_dir")
+        raise ConfigError(f"{name}={here}: must be {there}, as in the run in {path.parent}; or name another folder")

@@ -26,7 +26,7 @@ def sample_text(
     max_length: int,
     seed: int,
 ) -> str:
-    """Continue ``prompt`` by up to ``num_tokens`` tokens; the text, without the prompt, on every rank. A collective call.
+    """Continue ``prompt`` by up to ``num_tokens`` tokens; the text without the prompt. A collective call.
 
     The executor takes over the stages' weight-gradient stores, so this comes after the training.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from r1mega.train.checkpoint import newest_checkpoint
+from r1mega.train.checkpoint_files import newest_checkpoint
 from r1mega.train.metrics import METRICS_FILE, TENSORBOARD_FOLDER, human, read_metrics
 from r1mega.train.progress import duration
 from r1mega.train.run_folder import CHECKPOINT_FOLDER, LOAD_PICTURE, LOSS_PICTURE
@@ -43,5 +43,6 @@ def _numbers(metrics: list[dict], seconds: float) -> list[tuple[str, str]]:
         rows.append(("validation loss", f"{valid[-1]:.4f}"))
     rows.append(("speed", f"{human(last['tokens'] / max(seconds, 1e-9))} tokens/s"))
     if "expert_load_max_over_mean" in last:
-        rows.append(("expert balance", f"the busiest expert of a layer has {last['expert_load_max_over_mean']:.2f} x the mean load"))
+        ratio = last["expert_load_max_over_mean"]
+        rows.append(("expert balance", f"the busiest expert of a layer has {ratio:.2f} x the mean load"))
     return rows

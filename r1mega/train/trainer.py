@@ -64,9 +64,10 @@ class Trainer:
         self.checkpointer = Checkpointer(Path(config.train.output_dir) / CHECKPOINT_FOLDER, config)
         self.executor = build_executor(config, state, self.stages)
         self.tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer is not None else None
-        train, valid = config.train, config.data.valid
-        self.loader = self._loader(config.data.train, train.num_steps, prefetch=True)
-        self.valid_loader = self._loader(valid, train.valid_batches, prefetch=False) if valid and train.valid_batches else None
+        self.loader = self._loader(config.data.train, config.train.num_steps, prefetch=True)
+        self.valid_loader = None
+        if config.data.valid and config.train.valid_batches:
+            self.valid_loader = self._loader(config.data.valid, config.train.valid_batches, prefetch=False)
         self.recent_loads: deque[dict[str, Tensor]] = deque(maxlen=LOAD_STEPS)
         self._metric_names = metric_names(config)
 
@@ -79,7 +80,7 @@ class Trainer:
         self.gradients.finish()
         norm = self.gradients.norm()
         if not math.isfinite(norm):
-            raise TrainingError(f"step {number}: the gradient norm is {norm}; lower optimizer.learning_rate, or look at the data")
+            raise TrainingError(f"step {number}: the gradient norm is {norm}; try a lower optimizer.learning_rate")
         if config.optimizer.clip_grad > 0:
             self.gradients.clip(norm, config.optimizer.clip_grad)
         rate = learning_rate(number, config.optimizer, config.train.num_steps)
@@ -147,7 +148,7 @@ class Trainer:
         *sums, ratio, count, failed = self._sum_over_ranks(values)
         if failed:
             self.checkpointer.finish()
-        metrics = dict(zip(self._metric_names, sums))
+        metrics = dict(zip(self._metric_names, sums, strict=True))
         return metrics | ({"expert_load_max_over_mean": ratio / count} if count else {})
 
     def _sum_over_ranks(self, values: Iterable[Tensor | float]) -> list[float]:

@@ -163,7 +163,8 @@ def bfloat16_step(rank: int, world_size: int) -> tuple[str, str, float]:
     for x in torch.cat(everyone):
         (x.float() @ reference.bfloat16().float().T).square().sum().backward()
     part = local_part(reference.grad, parameter)
-    return seen, str(parameter.grad.dtype), _deviation(parameter.grad.to_local(), part) / reference.grad.abs().max().item()
+    deviation = _deviation(parameter.grad.to_local(), part) / reference.grad.abs().max().item()
+    return seen, str(parameter.grad.dtype), deviation
 
 
 def test_bfloat16_computes_in_bfloat16_and_sums_gradients_of_float32_master_weights(pool):
@@ -182,11 +183,11 @@ def many_adamw_steps(rank: int, world_size: int, dtype: torch.dtype) -> float:
     parameters = named_shards([stage])
     config = OptimizerConfig()
     ours = AdamW(parameters, config)
-    other = torch.optim.AdamW([theirs], betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=0.1, fused=True)
+    betas = config.beta1, config.beta2
+    other = torch.optim.AdamW([theirs], betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
     for step in range(1, 21):
         theirs.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
-        for (_, parameter), whole in zip(parameters, [theirs.grad]):
-            parameter.grad = _like(parameter, whole)
+        parameters[0][1].grad = _like(parameters[0][1], theirs.grad)
         ours.step(0.1 / step)
         other.param_groups[0]["lr"] = 0.1 / step
         other.step()
@@ -196,7 +197,8 @@ def many_adamw_steps(rank: int, world_size: int, dtype: torch.dtype) -> float:
 def _like(parameter, whole: Tensor):
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(local_part(whole, parameter).clone(), parameter.device_mesh, parameter.placements, run_check=False)
+    local = local_part(whole, parameter).clone()
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -86,7 +86,7 @@ def fill(parameters: list[tuple[str, DTensor]]) -> None:
 def local_part(whole: Tensor, like: DTensor) -> Tensor:
     """The part of ``whole`` that this rank holds of ``like``."""
     shape, offset = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
-    return whole[tuple(slice(start, start + length) for start, length in zip(offset, shape))]
+    return whole[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
 
 
 def build(layout: Layout, **settings: bool | int) -> tuple[ToyStage, list[tuple[str, DTensor]], ParallelState]:
@@ -112,7 +112,9 @@ def backward(stage: ToyStage, state: ParallelState) -> None:
         if isinstance(parameter, DTensor):
             expert = "experts" in name
             share = _share(state, ("edp",) if expert else ("dp",))
-            gradient = DTensor.from_local(local_part(whole, parameter) * share, parameter.device_mesh, parameter.placements, run_check=False)
+            gradient = DTensor.from_local(
+                local_part(whole, parameter) * share, parameter.device_mesh, parameter.placements, run_check=False
+            )
         else:
             gradient = whole * _share(state, ("dp", "tp"))
         if name == "embed_tokens.weight" and stage.tied:

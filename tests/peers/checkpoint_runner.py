@@ -1,4 +1,4 @@
-"""What r1mega says to some tokens, from a Hugging Face checkpoint, under any layout. transformers is not imported here."""
+"""What r1mega says to some tokens, from a Hugging Face checkpoint, under any layout; transformers is not imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from r1mega.config import ParallelConfig
 from r1mega.data.batch import Batch
 from r1mega.kernels.linear import local
 from r1mega.model.blocks import place_blocks
-from r1mega.model.huggingface import load_huggingface, model_config_from
+from r1mega.model.huggingface import load_huggingface, model_config_from, named_tensors
+from r1mega.model.huggingface_files import TensorReader
 from r1mega.model.init import local_slices
 from r1mega.model.stage import build_stage
 from r1mega.optim.gradients import Gradients
@@ -41,7 +42,7 @@ class Answer:
 
 
 def make_batch(tokens: Tensor, labels: Tensor | None, rows: slice = slice(None)) -> Batch:
-    """r1mega's form of tokens and transformers' labels (which are not shifted and have -100 for what does not count)."""
+    """r1mega's form of tokens and transformers' labels, which are not shifted and have -100 for what does not count."""
     if labels is None:
         return Batch(tokens[rows], None, None, 0, tokens.shape[0])
     following = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], dim=1)
@@ -80,7 +81,8 @@ def answer_on_rank(
         stage.lm_head.register_forward_hook(lambda module, inputs, output: predictions.append(output.detach().clone()))
     metrics = execute(per_rank, labels)
     gradients.finish()
-    depths = [torch.cat(predictions[depth :: 1 + config.num_mtp_layers]) for depth in range(1 + config.num_mtp_layers)] if predictions else []
+    num_depths = 1 + config.num_mtp_layers
+    depths = [torch.cat(predictions[depth::num_depths]) for depth in range(num_depths)] if predictions else []
     loss = metrics.get("loss", torch.zeros(())) + config.mtp_loss_coefficient * metrics.get("mtp_loss", torch.zeros(()))
     dist.all_reduce(loss)
     place = (state.rank_in("dp"), state.rank_in("tp"))
@@ -93,9 +95,9 @@ def answer_on_rank(
     shape = (*tokens.shape, config.vocab_size)
     joined = torch.cat([last[dp, 0][0] for dp in range(state.size("dp"))]).view(shape)
     per_depth = []
-    for depth in range(1 + config.num_mtp_layers):
-        rows = [torch.cat([last[dp, tp][1][depth] for tp in range(parallel.tp)], dim=1) for dp in range(state.size("dp"))]
-        per_depth.append(torch.cat(rows).view(shape))
+    for depth in range(num_depths):
+        parts = [[last[dp, tp][1][depth] for tp in range(parallel.tp)] for dp in range(state.size("dp"))]
+        per_depth.append(torch.cat([torch.cat(part, dim=1) for part in parts]).view(shape))
     return Answer(joined, loss, merged, per_depth)
 
 
@@ -109,3 +111,27 @@ def merge_shards(mine: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, (shape, slices, values) in part.items():
             merged.setdefault(name, torch.full(shape, torch.nan))[slices] = values
     return merged
+
+
+def reads_on_rank(
+    rank: int, world_size: int, path: Path, parallel: ParallelConfig
+) -> tuple[dict[str, int], dict[str, tuple[tuple[slice, ...], Tensor]], dict[str, int]]:
+    """How many numbers of each tensor of the checkpoint this rank reads; what it holds then; where it stands."""
+    state = ParallelState(Layout.from_config(parallel, world_size))
+    config = model_config_from(path)
+    stage = build_stage(config, state, place_blocks(config, parallel, 4, 1)[0], torch.float32, "cpu")
+    read: dict[str, int] = {}
+    plain = TensorReader.read
+
+    def recording(reader: TensorReader, name: str, slices: tuple[slice, ...]) -> Tensor:
+        part = plain(reader, name, slices)
+        read[name] = read.get(name, 0) + part.numel()
+        return part
+
+    TensorReader.read = recording
+    try:
+        load_huggingface(stage, config, path)
+    finally:
+        TensorReader.read = plain
+    held = {name: (local_slices(tensor), local(tensor).detach()) for name, tensor in named_tensors(stage).items()}
+    return read, held, state.coordinates

@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from tests.peers.transformers_oracle import (
-    DEEPSEEK, YARN, answer_of_stage, answer_of_transformers, assert_same, load, make_model, make_tokens,
-)  # fmt: skip
+    DEEPSEEK,
+    YARN,
+    answer_of_stage,
+    answer_of_transformers,
+    assert_same,
+    load,
+    make_model,
+    make_tokens,
+)
 
 VARIANTS = {
     "q_lora": {},

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers.modeling_layers import MtpModel
 
 from r1mega.config import Config, ConfigError, DataConfig, TrainConfig
@@ -18,8 +19,18 @@ from r1mega.model.export import export
 from r1mega.model.huggingface import model_config_from
 from r1mega.train.checkpoint import Checkpointer, Progress
 from tests.peers.transformers_oracle import (
-    COMMON, DEEPSEEK, LLAMA3, QWEN_MOE, difference, load, make_batch, make_model, make_mtp, make_tokens, save_with_mtp,
-)  # fmt: skip
+    COMMON,
+    DEEPSEEK,
+    LLAMA3,
+    QWEN_MOE,
+    difference,
+    load,
+    make_batch,
+    make_model,
+    make_mtp,
+    make_tokens,
+    save_with_mtp,
+)
 
 VOCABULARY = 300
 KINDS = {
@@ -81,6 +92,9 @@ def test_an_exported_mtp_layer_is_what_transformers_drafts_with(tokenizer, tmp_p
     save_with_mtp(model, mtp, tmp_path / "made")
     make_run(tmp_path / "run", tmp_path / "made", tokenizer)
     export(tmp_path / "run", tmp_path / "out")
+    made, exported = (load_file(tmp_path / folder / "model.safetensors") for folder in ("made", "out"))
+    assert made.keys() == exported.keys()  # the copies of embedding and head too
+    assert all(torch.equal(tensor, made[name]) for name, tensor in exported.items())
     # transformers knows the number of R1's MTP layer only.
     monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.3\..*"])
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)

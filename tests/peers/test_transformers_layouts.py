@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
 
 from r1mega.config import ParallelConfig
-from tests.peers.checkpoint_runner import answer_on_rank
+from tests.peers.checkpoint_runner import answer_on_rank, reads_on_rank
 from tests.peers.transformers_oracle import (
-    COMMON, DEEPSEEK, LLAMA3, QWEN_MOE, answer_of_transformers, assert_same, make_model, make_mtp, make_tokens,
-    mtp_answer_of_transformers, save_with_mtp,
-)  # fmt: skip
+    COMMON,
+    DEEPSEEK,
+    LLAMA3,
+    QWEN_MOE,
+    answer_of_transformers,
+    assert_same,
+    make_model,
+    make_mtp,
+    make_tokens,
+    mtp_answer_of_transformers,
+    save_with_mtp,
+)
 
 LAYOUTS = {
     "tp2": (2, ParallelConfig(tp=2)),
@@ -48,3 +60,22 @@ def test_grouped_query_models_agree_in_logits_loss_and_every_gradient(pool, kind
     world_size, parallel = LAYOUTS[layout]
     ours = pool.run(answer_on_rank, world_size, tmp_path, parallel, tokens, labels)[0]
     assert_same(ours, answer_of_transformers(model, tokens, labels))
+
+
+def test_a_rank_reads_its_own_shards_and_no_other(pool, tmp_path):
+    model = make_model("DeepseekV3", **DEEPSEEK)
+    model.save_pretrained(tmp_path)
+    parallel = ParallelConfig(tp=2, ep=2, etp=2)
+    weights = model.state_dict()
+    for read, held, at in pool.run(reads_on_rank, 4, tmp_path, parallel):
+        assert sum(read.values()) == sum(tensor.numel() for _, tensor in held.values())
+        experts = {int(found[1]) for name in read if (found := re.search(r"\.experts\.(\d+)\.", name))}
+        assert experts == set(range(8 * at["ep"], 8 * at["ep"] + 8))
+        slices, down = held["layers.1.mlp.experts.down_proj"]
+        width = slice(12 * at["etp"], 12 * at["etp"] + 12)
+        assert slices == (slice(8 * at["ep"], 8 * at["ep"] + 8), slice(0, 64), width)
+        assert torch.equal(down, weights["model.layers.1.mlp.experts.down_proj"][slices])
+        slices, head = held["lm_head.weight"]
+        assert slices == (slice(64 * at["tp"], 64 * at["tp"] + 64), slice(0, 64))
+        assert torch.equal(head, weights["lm_head.weight"][slices])
+        assert torch.equal(held["layers.1.mlp.gate.weight"][1], weights["model.layers.1.mlp.gate.weight"])

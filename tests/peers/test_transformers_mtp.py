@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 
 from tests.peers.transformers_oracle import (
-    DEEPSEEK, answer_of_stage, assert_same, load, make_model, make_mtp, make_tokens, mtp_answer_of_transformers,
+    DEEPSEEK,
+    answer_of_stage,
+    assert_same,
+    load,
+    make_model,
+    make_mtp,
+    make_tokens,
+    mtp_answer_of_transformers,
     save_with_mtp,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])

@@ -16,15 +16,19 @@ from r1mega.model.huggingface_config import CONFIG_FILE
 from r1mega.model.huggingface_tokenizer import write_tokenizer
 
 PARTS = [
-    " ", "  ", "    ", "a", "e", "=", "--", "#", "\n", "\t", "é", "你好", "😀", "👨‍👩‍👧", "<think>", "</think>", "<thi", "<｜User｜>",
-    "0", "12", "self", "_", "..", "*", "▁", "\x00", "\u00a0", "\ufeff", "return", "tion", "<unk>", "<0x41>", "ﬁ", "Å", "ا",
-]  # fmt: skip
+    *(" ", "  ", "    ", "a", "e", "=", "--", "#", "\n", "\t", "0", "12", "self", "_", "..", "*", "return", "tion"),
+    *("<think>", "</think>", "<thi", "<\uff5cUser\uff5c>", "<unk>", "<0x41>", "\u2581", "\x00", "\u00a0", "\ufeff"),
+    *("\u00e9", "\u4f60\u597d", "\U0001f600", "\U0001f468\u200d\U0001f469", "\ufb01", "A\u030a", "\u0627"),
+]
 
 
 def sources() -> list[str]:
     """Real text: modules of the standard library, some of which are full of other scripts."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    return [path.read_text(encoding="utf-8") for path in [*sorted(folder.glob("*.py"))[:60], folder / "encodings/aliases.py"]]
+    return [
+        path.read_text(encoding="utf-8")
+        for path in [*sorted(folder.glob("*.py"))[:60], folder / "encodings/aliases.py"]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def test_spaces_repetitions_symbols_and_unicode_get_the_same_ids(pair):
     for _ in range(3000):
         assert_same(pair, "".join(dice.choice(PARTS) for _ in range(dice.randint(0, 30))))
     for _ in range(1000):
-        period = "".join(dice.choice("abcdein =-_.#*▁") for _ in range(dice.randint(1, 4)))
+        period = "".join(dice.choice("abcdein =-_.#*\u2581") for _ in range(dice.randint(1, 4)))
         assert_same(pair, period * dice.randint(1, 40) + dice.choice(PARTS))
     for _ in range(1000):
         assert_same(pair, "".join(chr(dice.randint(0x80, 0xD7FF)) for _ in range(dice.randint(0, 20))))
@@ -65,7 +69,10 @@ def test_control_tokens_are_known_and_none_is_added_by_itself(pair):
     model, tokenizer, ids = pair
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (model.bos_id(), model.eos_id())
     assert ids == {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "pad_token_id": None}
-    assert tokenizer(f"{tokenizer.bos_token}<｜User｜>hi")["input_ids"] == [model.bos_id(), *model.encode("<｜User｜>hi")]
+    assert tokenizer(f"{tokenizer.bos_token}<\uff5cUser\uff5c>hi")["input_ids"] == [
+        model.bos_id(),
+        *model.encode("<\uff5cUser\uff5c>hi"),
+    ]
     assert tokenizer.decode([model.bos_id(), *model.encode("hi")], skip_special_tokens=True) == "hi"
 
 

@@ -45,9 +45,9 @@ QWEN_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size":
 
 
 def make_model(kind: str, seed: int = 0, **settings: object) -> nn.Module:
-    """A model of transformers, ``Deepseekv3``, ``Qwen2``, ..., with weights that let no term hide.
+    """A model of transformers, ``DeepseekV3``, ``Qwen2``, ..., with weights that let no term hide.
 
-    Matrices have standard deviation 0.15, norms are about 1, biases about 0, and the router's score bias decides choices.
+    Matrices have standard deviation 0.15, norms are about 1, and the router's score bias decides choices.
     """
     config = getattr(transformers, f"{kind}Config")(**settings)
     config._attn_implementation = "eager"
@@ -124,7 +124,9 @@ def save_with_mtp(model: nn.Module, mtp: MtpModel, folder: Path) -> None:
     for index, layer in enumerate(mtp.layers):
         prefix = f"model.layers.{model.config.num_hidden_layers + index}"
         for name, tensor in layer.state_dict().items():
-            released = name.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm", name.startswith("post_norm"))
+            released = name.removeprefix("mtp_block.").replace(
+                "post_norm", "shared_head.norm", name.startswith("post_norm")
+            )
             if released.endswith("experts.gate_up_proj"):
                 gate, up = tensor.chunk(2, dim=1)
                 matrices = {"gate_proj": gate, "up_proj": up}
@@ -152,7 +154,11 @@ def mtp_answer_of_transformers(
     logits = [model.lm_head(hidden)]
     loss = _masked_loss(logits[0], batch.labels, batch.loss_mask, batch.num_loss_tokens)
     for depth in range(len(mtp.layers)):
-        ids, target, mask = shift(batch.labels, depth), shift(batch.labels, depth + 1), shift(batch.loss_mask, depth + 1)
+        ids, target, mask = (
+            shift(batch.labels, depth),
+            shift(batch.labels, depth + 1),
+            shift(batch.loss_mask, depth + 1),
+        )
         hidden = mtp.forward_layer(depth, hidden, torch.arange(tokens.shape[1])[None], None, input_ids=ids)
         logits.append(mtp.shared_head(hidden))
         part = _masked_loss(logits[-1], target, mask & batch.loss_mask, batch.num_loss_tokens)

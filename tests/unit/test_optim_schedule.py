@@ -19,7 +19,8 @@ def rates(**settings) -> list[float]:
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
 def test_warm_up_is_linear_from_zero_to_the_peak(schedule):
-    assert rates(schedule=schedule, warmup_steps=10, decay_steps=20)[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    found = rates(schedule=schedule, warmup_steps=10, decay_steps=20)[:10]
+    assert found == pytest.approx([i / 10 for i in range(1, 11)])
 
 
 def test_without_warm_up_the_first_step_is_near_the_peak():

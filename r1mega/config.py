@@ -103,12 +103,15 @@ class AttentionConfig:
         _require_positive("model.attention", self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
         require(
             self.qk_rope_head_dim > 0 and self.qk_rope_head_dim % 2 == 0,
-            "model.attention.qk_rope_head_dim", self.qk_rope_head_dim, "must be positive and even",
+            "model.attention.qk_rope_head_dim",
+            self.qk_rope_head_dim,
+            "must be positive and even",
         )
         if self.num_kv_heads is not None:
             require(
                 self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
-                "model.attention.num_kv_heads", self.num_kv_heads,
+                "model.attention.num_kv_heads",
+                self.num_kv_heads,
                 f"must divide model.attention.num_heads ({self.num_heads}); try {divisors(self.num_heads)}",
             )
 
@@ -166,28 +169,40 @@ class MoEConfig:
         _require_positive("model.moe", self, "top_k", "ffn_hidden_size", "num_groups", "top_k_groups")
         require(
             self.num_experts % self.num_groups == 0,
-            "model.moe.num_groups", self.num_groups,
+            "model.moe.num_groups",
+            self.num_groups,
             f"must divide model.moe.num_experts ({self.num_experts}); try {divisors(self.num_experts)}",
         )
         require(
             self.top_k_groups <= self.num_groups,
-            "model.moe.top_k_groups", self.top_k_groups, f"must be at most model.moe.num_groups ({self.num_groups})",
+            "model.moe.top_k_groups",
+            self.top_k_groups,
+            f"must be at most model.moe.num_groups ({self.num_groups})",
         )
         reachable = self.num_experts // self.num_groups * self.top_k_groups
         require(
-            self.top_k <= reachable, "model.moe.top_k", self.top_k, f"must be at most {reachable}, the experts in the kept groups"
+            self.top_k <= reachable,
+            "model.moe.top_k",
+            self.top_k,
+            f"must be at most {reachable}, the experts in the kept groups",
         )
         require(
             self.num_groups == 1 or self.num_experts // self.num_groups >= 2,
-            "model.moe.num_groups", self.num_groups, "each group needs two experts at least",
+            "model.moe.num_groups",
+            self.num_groups,
+            "each group needs two experts at least",
         )
         require(
             self.capacity_factor is None or self.capacity_factor > 0,
-            "model.moe.capacity_factor", self.capacity_factor, "must be positive, or null for dropless routing",
+            "model.moe.capacity_factor",
+            self.capacity_factor,
+            "must be positive, or null for dropless routing",
         )
         require(
             not self.pad_to_capacity or self.capacity_factor is not None,
-            "model.moe.pad_to_capacity", self.pad_to_capacity, "needs model.moe.capacity_factor",
+            "model.moe.pad_to_capacity",
+            self.pad_to_capacity,
+            "needs model.moe.capacity_factor",
         )
 
 
@@ -232,13 +247,16 @@ class ModelConfig:
         require(self.num_mtp_layers >= 0, "model.num_mtp_layers", self.num_mtp_layers, "must be 0 or more")
         require(
             0 <= self.first_dense_layers <= self.num_layers,
-            "model.first_dense_layers", self.first_dense_layers, f"must be between 0 and model.num_layers ({self.num_layers})",
+            "model.first_dense_layers",
+            self.first_dense_layers,
+            f"must be between 0 and model.num_layers ({self.num_layers})",
         )
         if self.attention.kind == "gqa":
             if self.attention.head_dim is None:
                 require(
                     self.hidden_size % self.attention.num_heads == 0,
-                    "model.attention.num_heads", self.attention.num_heads,
+                    "model.attention.num_heads",
+                    self.attention.num_heads,
                     f"must divide model.hidden_size ({self.hidden_size}) unless model.attention.head_dim is given",
                 )
             require(self.head_dim % 2 == 0, "model.attention.head_dim", self.head_dim, "must be even")
@@ -283,7 +301,7 @@ class DataConfig:
     """Where tokens come from: Megatron's ``.bin/.idx`` files, as :mod:`tools.prepare_data` writes them.
 
     Args:
-        train: path prefixes (without ``.bin``), each may follow its weight: ``["0.7", "data/maths", "0.3", "data/code"]``.
+        train: path prefixes (without ``.bin``); each may follow its weight: ``["0.7", "maths", "0.3", "code"]``.
         valid: the same for validation; empty means none.
         tokenizer: a sentencepiece ``.model`` file, or a folder with a Hugging Face ``tokenizer.json``.
         sequence_length: tokens in a sample.
@@ -353,7 +371,7 @@ class TrainConfig:
         valid_batches: global batches of one validation.
         checkpoint_interval: steps between checkpoints; 0 saves at the end only.
         keep_checkpoints: how many of the newest checkpoints stay.
-        resume: go on from the newest complete checkpoint in ``output_dir``; without it, a folder that holds a run is refused.
+        resume: go on from the newest complete checkpoint in ``output_dir``; otherwise a folder with a run is refused.
         sample_prompt: text that the model continues at the end of the run; null samples nothing.
         sample_tokens: how many tokens to sample.
     """
@@ -405,17 +423,21 @@ class Config:
         train, tokens = self.train, self.train.microbatch_size * self.data.sequence_length
         require(
             train.global_batch_size % (layout.dp * train.microbatch_size) == 0,
-            "train.global_batch_size", train.global_batch_size,
+            "train.global_batch_size",
+            train.global_batch_size,
             f"must be a multiple of data-parallel size x train.microbatch_size ({layout.dp} x {train.microbatch_size})",
         )
         require(
             tokens % self.parallel.tp == 0,
-            "parallel.tp", self.parallel.tp,
+            "parallel.tp",
+            self.parallel.tp,
             f"must divide train.microbatch_size x data.sequence_length ({tokens}), because the sequence is cut as well",
         )
         require(
             self.data.sequence_length <= self.model.max_position,
-            "data.sequence_length", self.data.sequence_length, f"must be at most model.max_position ({self.model.max_position})",
+            "data.sequence_length",
+            self.data.sequence_length,
+            f"must be at most model.max_position ({self.model.max_position})",
         )
 
     def to_dict(self) -> dict:
@@ -440,5 +462,9 @@ def validate_model_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         require(etp == 1, "parallel.etp", etp, "the model has no experts (model.moe.num_experts=0); use 1")
         return
     experts, width = model.moe.num_experts, model.moe.ffn_hidden_size
-    require(experts % ep == 0, "parallel.ep", ep, f"must divide the number of experts ({experts}); try {divisors(experts)}")
-    require(width % etp == 0, "parallel.etp", etp, f"must divide model.moe.ffn_hidden_size ({width}); try {divisors(width)}")
+    require(
+        experts % ep == 0, "parallel.ep", ep, f"must divide the number of experts ({experts}); try {divisors(experts)}"
+    )
+    require(
+        width % etp == 0, "parallel.etp", etp, f"must divide model.moe.ffn_hidden_size ({width}); try {divisors(width)}"
+    )

@@ -108,7 +108,7 @@ class Layout:
         """All groups called ``name``: ranks that differ on the axes of ``name`` only, ascending.
 
         Args:
-            name: an axis (``tp cp dp pp ep etp edp``) or a combination (``dp_cp tp_cp tp_dp_cp tp_pp etp_ep etp_ep_pp``).
+            name: an axis (``tp cp dp pp ep etp edp``) or one of ``dp_cp tp_cp tp_dp_cp tp_pp etp_ep etp_ep_pp``.
         """
         axes = _axes_of(name)
         cut = EXPERT_AXES if any(axis in ("etp", "ep", "edp") for axis in axes) else DENSE_AXES
@@ -144,7 +144,9 @@ class ParallelState:
 
         require(
             dist.get_world_size() == layout.world_size,
-            "world_size", layout.world_size, f"torch.distributed has {dist.get_world_size()} processes",
+            "world_size",
+            layout.world_size,
+            f"torch.distributed has {dist.get_world_size()} processes",
         )
         self.layout = layout
         self.rank = dist.get_rank()
@@ -188,9 +190,9 @@ class ParallelState:
         """This rank's process group ``name``. A combined group is made at its first use, which is a collective call."""
         import torch.distributed as dist
 
-        if name in self.mesh.mesh_dim_names:
+        if name in DENSE_AXES:
             return self.mesh.get_group(name)
-        if name in self.expert_mesh.mesh_dim_names:
+        if name in EXPERT_AXES:
             return self.expert_mesh.get_group(name)
         if name not in self._combined:
             self._combined[name], _ = dist.new_subgroups_by_enumeration(self.layout.groups(name))

@@ -15,19 +15,20 @@ class Batch:
 
     Args:
         tokens: token ids, ``[b, s]`` int64.
-        labels: the token that follows each of ``tokens``, ``[b, s]`` int64.
+        labels: the token that follows each of ``tokens``, ``[b, s]`` int64; None where only logits are wanted.
         loss_mask: which labels count, ``[b, s]`` bool.
         num_loss_tokens: labels that count in the whole global batch (all microbatches of all ranks).
         num_sequences: sequences in the whole global batch.
     """
 
     tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
+    labels: Tensor | None
+    loss_mask: Tensor | None
     num_loss_tokens: int
     num_sequences: int
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``; the copy is asynchronous where memory is pinned."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask")}
+        tensors = {name: getattr(self, name) for name in ("tokens", "labels", "loss_mask")}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
         return dataclasses.replace(self, **moved)

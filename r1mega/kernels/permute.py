@@ -18,7 +18,7 @@ class RowMap:
 
     Args:
         token_of_row: ``[R]`` int64.
-        rows_by_token: ``[kept]`` int64, the routed rows of token 0, then those of token 1, ...; padding rows are in none.
+        rows_by_token: ``[kept]`` int64, the routed rows of token 0, then those of token 1, ...; no padding rows.
         first_of_token: ``[T]`` int64, where each token's rows begin in ``rows_by_token``.
     """
 

@@ -6,6 +6,8 @@ heads are cut over the tensor-parallel group.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -36,19 +38,20 @@ class LatentAttention(nn.Module):
             a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim,
         )  # fmt: skip
         self.scale = softmax_scale(a.rope, self.nope_dim + self.rope_dim)
-        options = {"dtype": dtype, "device": device}
+        linear = partial(Linear, state=state, dtype=dtype, device=device)
+        norm = partial(RMSNorm, eps=LATENT_NORM_EPS, dtype=dtype, device=device)
         q_width = a.num_heads * (self.nope_dim + self.rope_dim)
+        self.has_q_lora = a.q_lora_rank is not None
         if a.q_lora_rank is None:
-            self.q_proj = Linear(config.hidden_size, q_width, state, "column", **options)
+            self.q_proj = linear(config.hidden_size, q_width, cut="column")
         else:
-            self.q_proj = None
-            self.q_a_proj = Linear(config.hidden_size, a.q_lora_rank, state, None, **options)
-            self.q_a_layernorm = RMSNorm(a.q_lora_rank, LATENT_NORM_EPS, **options)
-            self.q_b_proj = Linear(a.q_lora_rank, q_width, state, "column", **options)
-        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.kv_rank + self.rope_dim, state, None, **options)
-        self.kv_a_layernorm = RMSNorm(self.kv_rank, LATENT_NORM_EPS, **options)
-        self.kv_b_proj = Linear(self.kv_rank, a.num_heads * (self.nope_dim + self.v_dim), state, "column", **options)
-        self.o_proj = Linear(a.num_heads * self.v_dim, config.hidden_size, state, "row", **options)
+            self.q_a_proj = linear(config.hidden_size, a.q_lora_rank, cut=None)
+            self.q_a_layernorm = norm(a.q_lora_rank)
+            self.q_b_proj = linear(a.q_lora_rank, q_width, cut="column")
+        self.kv_a_proj_with_mqa = linear(config.hidden_size, self.kv_rank + self.rope_dim, cut=None)
+        self.kv_a_layernorm = norm(self.kv_rank)
+        self.kv_b_proj = linear(self.kv_rank, a.num_heads * (self.nope_dim + self.v_dim), cut="column")
+        self.o_proj = linear(a.num_heads * self.v_dim, config.hidden_size, cut="row")
         self.rotary = RotaryTable(a.rope, self.rope_dim)
 
     def forward(self, hidden_TH: Tensor, length: int) -> Tensor:
@@ -56,7 +59,7 @@ class LatentAttention(nn.Module):
         latent, key_rope = self.kv_a_proj_with_mqa(hidden_TH).split([self.kv_rank, self.rope_dim], dim=-1)
         latent = gather_tokens(torch.cat([self.kv_a_layernorm(latent), key_rope], dim=-1), self.group)
         latent, key_rope = latent.split([self.kv_rank, self.rope_dim], dim=-1)
-        if self.q_proj is None:
+        if self.has_q_lora:
             query = self.q_b_proj(gather_tokens(self.q_a_layernorm(self.q_a_proj(hidden_TH)), self.group))
         else:
             query = self.q_proj(gather_tokens(hidden_TH, self.group))
@@ -81,14 +84,15 @@ class GroupedQueryAttention(nn.Module):
         self.group = state.group("tp")
         self.head_dim = config.head_dim
         self.scale = softmax_scale(a.rope, self.head_dim)
-        options = {"dtype": dtype, "device": device}
+        linear = partial(Linear, state=state, dtype=dtype, device=device)
+        norm = partial(RMSNorm, self.head_dim, config.norm_eps, dtype, device)
         q_width, kv_width = a.num_heads * self.head_dim, a.kv_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, q_width, state, "column", bias=a.qkv_bias, **options)
-        self.k_proj = Linear(config.hidden_size, kv_width, state, "column", bias=a.qkv_bias, **options)
-        self.v_proj = Linear(config.hidden_size, kv_width, state, "column", bias=a.qkv_bias, **options)
-        self.o_proj = Linear(q_width, config.hidden_size, state, "row", **options)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps, **options) if a.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps, **options) if a.qk_norm else nn.Identity()
+        self.q_proj = linear(config.hidden_size, q_width, cut="column", bias=a.qkv_bias)
+        self.k_proj = linear(config.hidden_size, kv_width, cut="column", bias=a.qkv_bias)
+        self.v_proj = linear(config.hidden_size, kv_width, cut="column", bias=a.qkv_bias)
+        self.o_proj = linear(q_width, config.hidden_size, cut="row")
+        self.q_norm = norm() if a.qk_norm else nn.Identity()
+        self.k_norm = norm() if a.qk_norm else nn.Identity()
         self.rotary = RotaryTable(a.rope, self.head_dim)
 
     def forward(self, hidden_TH: Tensor, length: int) -> Tensor:

@@ -30,8 +30,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(hidden, config.norm_eps, dtype, device)
         self.self_attn = build_attention(config, state, dtype, device)
         self.post_attention_layernorm = RMSNorm(hidden, config.norm_eps, dtype, device)
-        self.is_moe = config.is_moe_layer(layer)
-        if self.is_moe:
+        self.mlp: MoELayer | FeedForward
+        if config.is_moe_layer(layer):
             self.mlp = MoELayer(hidden, config.moe, state, dtype, device)
         else:
             self.mlp = FeedForward(hidden, config.ffn_hidden_size, state, dtype, device)
@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
         """
         hidden_TH = hidden_TH + self.self_attn(self.input_layernorm(hidden_TH), length)
         normed = self.post_attention_layernorm(hidden_TH)
-        if not self.is_moe:
+        if isinstance(self.mlp, FeedForward):
             return hidden_TH + self.mlp(normed), {}
         output, losses = self.mlp(normed, length, num_sequences)
         return hidden_TH + output, losses

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from r1mega.config import ModelConfig
 from r1mega.kernels.linear import local
@@ -33,12 +34,12 @@ def local_slices(parameter: Tensor, coordinates: Mapping[str, int] | None = None
     """
     ranges = [[0, size] for size in parameter.shape]
     if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
+        mesh, names = parameter.device_mesh, parameter.device_mesh.mesh_dim_names or ()
         if coordinates is None:
-            coordinates = dict(zip(mesh.mesh_dim_names, mesh.get_coordinate(), strict=True))
-        axes = list(zip(mesh.mesh_dim_names, mesh.shape, parameter.placements, strict=True))
+            coordinates = dict(zip(names, mesh.get_coordinate() or (), strict=True))
+        axes = list(zip(names, mesh.shape, parameter.placements, strict=True))
         for name, size, placement in sorted(axes, key=lambda axis: axis[0] in DATA_AXES):
-            if placement.is_replicate():
+            if not isinstance(placement, (Shard, _StridedShard)):
                 continue
             start, stop = ranges[placement.dim]
             index, step = coordinates[name], -(-(stop - start) // size)

@@ -78,13 +78,13 @@ class RotaryTable:
 
     def __call__(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each ``[length, dim / 2]`` in ``dtype``. The angles are computed in float32."""
-        cos, sin = self._kept.get((dtype, device), (None, None))
-        if cos is None or cos.shape[0] < length:
+        kept = self._kept.get((dtype, device))
+        if kept is None or kept[0].shape[0] < length:
             angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse_frequencies(self.config, self.dim))
             factor = attention_factor(self.config)
-            cos = (angles.cos() * factor).to(device, dtype)
-            sin = (angles.sin() * factor).to(device, dtype)
-            self._kept[dtype, device] = cos, sin
+            kept = (angles.cos() * factor).to(device, dtype), (angles.sin() * factor).to(device, dtype)
+            self._kept[dtype, device] = kept
+        cos, sin = kept
         return cos[:length], sin[:length]
 
 

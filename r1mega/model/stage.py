@@ -41,18 +41,15 @@ class Stage(nn.Module):
         self.config, self.group = config, state.group("tp")
         placed = {kind: [block.index for block in blocks if block.kind == kind] for kind in "EtmL"}
         self.is_first, self.is_last = bool(placed["E"]), bool(placed["L"])
-        tied_head = self.is_last and config.tie_embeddings
-        needs_embedding = self.is_first or bool(placed["m"]) or tied_head
+        needs_embedding = self.is_first or bool(placed["m"]) or (self.is_last and config.tie_embeddings)
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = Embedding(vocab, hidden, state, dtype, device) if needs_embedding else None
         self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i, state, dtype, device) for i in placed["t"]})
         has_norm = config.num_layers - 1 in placed["t"]
         self.norm = RMSNorm(hidden, config.norm_eps, dtype, device) if has_norm else None
         self.mtp = nn.ModuleDict({str(i): MTPLayer(config, i, state, dtype, device) for i in placed["m"]})
-        self.lm_head = None
-        if self.is_last:
-            self.lm_head = Linear(hidden, vocab, state, "column", dtype=dtype, device=device)
-        if tied_head:
+        self.lm_head = Linear(hidden, vocab, state, "column", dtype=dtype, device=device) if self.is_last else None
+        if self.lm_head is not None and self.embed_tokens is not None and config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, activations: tuple[Tensor, ...], batch: Batch) -> StageOutput:
@@ -60,8 +57,24 @@ class Stage(nn.Module):
 
         Without labels the last stage returns ``metrics["logits"]``, ``[tokens, vocabulary]``, and no loss.
         """
-        length = batch.tokens.shape[1]
         losses: dict[str, list[Tensor]] = defaultdict(list)
+        streams = self._run_blocks(activations, batch, losses)
+        if self.is_last and batch.labels is None:
+            return StageOutput(metrics={"logits": self._logits(streams[0])})
+        metrics = {name: torch.stack(values).sum().detach() for name, values in losses.items()}
+        router_losses = tuple(loss for values in losses.values() for loss in values)
+        if not self.is_last:
+            return StageOutput(streams, router_losses, metrics)
+        main, *ahead = (self._prediction_loss(hidden, depth, batch) for depth, hidden in enumerate(streams))
+        metrics |= self._prediction_metrics(main, ahead)
+        mtp_losses = (loss * (self.config.mtp_loss_coefficient / len(ahead)) for loss in ahead)
+        return StageOutput((), (*router_losses, main, *mtp_losses), metrics)
+
+    def _run_blocks(
+        self, activations: tuple[Tensor, ...], batch: Batch, losses: dict[str, list[Tensor]]
+    ) -> tuple[Tensor, ...]:
+        """Everything but the head; what the stage hands on. Router losses are added to ``losses``."""
+        length = batch.tokens.shape[1]
         streams = (self._embed(batch.tokens),) if self.is_first else activations
         for layer in self.layers.values():
             hidden, layer_losses = layer(streams[0], length, batch.num_sequences)
@@ -69,42 +82,37 @@ class Stage(nn.Module):
             _collect(losses, layer_losses)
         if self.norm is not None:
             streams = (self.norm(streams[0]),)
-        if batch.labels is not None:
-            for index, layer in self.mtp.items():
-                embedded = self._embed(_ahead(batch.labels, int(index)))
-                hidden, layer_losses = layer(streams[-1], embedded, length, batch.num_sequences)
-                streams = (*streams, hidden)
-                _collect(losses, layer_losses)
-        metrics = {name: torch.stack(values).sum().detach() for name, values in losses.items()}
-        flat_losses = tuple(loss for values in losses.values() for loss in values)
-        if not self.is_last:
-            return StageOutput(streams, flat_losses, metrics)
-        if batch.labels is None:
-            return StageOutput(metrics={"logits": self._logits(streams[0])})
-        predictions = [self._prediction_loss(hidden, depth, batch) for depth, hidden in enumerate(streams)]
-        metrics |= self._prediction_metrics(predictions)
-        coefficients = [1.0] + [self.config.mtp_loss_coefficient / max(len(predictions) - 1, 1)] * (len(predictions) - 1)
-        weighted = (loss * coefficient for loss, coefficient in zip(predictions, coefficients, strict=True))
-        return StageOutput((), (*flat_losses, *weighted), metrics)
+        for index, layer in self.mtp.items() if batch.labels is not None else ():
+            embedded = self._embed(_ahead(batch.labels, int(index)))
+            hidden, layer_losses = layer(streams[-1], embedded, length, batch.num_sequences)
+            streams = (*streams, hidden)
+            _collect(losses, layer_losses)
+        return streams
 
     def _embed(self, ids: Tensor) -> Tensor:
+        assert self.embed_tokens is not None
         return reduce_scatter_tokens(self.embed_tokens(ids.flatten()), self.group)
 
     def _prediction_loss(self, hidden: Tensor, depth: int, batch: Batch) -> Tensor:
         """Mean over the tokens of the whole global batch, for MTP layers too (DeepSeek-V3, equation 24)."""
+        assert self.lm_head is not None
         labels, mask = _ahead(batch.labels, depth), _ahead(batch.loss_mask, depth) & batch.loss_mask
         logits = self.lm_head(gather_tokens(hidden, self.group))
         loss = vocab_parallel_cross_entropy(logits, labels.flatten(), self.group)
         return (loss * mask.flatten()).sum() / batch.num_loss_tokens
 
-    def _prediction_metrics(self, predictions: list[Tensor]) -> dict[str, Tensor]:
-        """``loss``, and ``mtp_loss`` as the mean over MTP layers. The tensor-parallel ranks hold the same values; one reports."""
-        values = torch.stack([loss.detach() for loss in predictions])
-        if self.group.rank() != 0:
-            values = torch.zeros_like(values)
-        return {"loss": values[0]} | ({"mtp_loss": values[1:].mean()} if len(predictions) > 1 else {})
+    def _prediction_metrics(self, main: Tensor, ahead: list[Tensor]) -> dict[str, Tensor]:
+        """``loss``, and ``mtp_loss`` as the mean over MTP layers.
+
+        The tensor-parallel ranks hold the same values, so one of them reports and the others add zero.
+        """
+        found = {"loss": main.detach()}
+        if ahead:
+            found["mtp_loss"] = torch.stack(ahead).mean().detach()
+        return found if self.group.rank() == 0 else {name: torch.zeros_like(value) for name, value in found.items()}
 
     def _logits(self, hidden: Tensor) -> Tensor:
+        assert self.lm_head is not None
         logits = self.lm_head(gather_tokens(hidden, self.group))
         if self.group.size() == 1:
             return logits

@@ -24,7 +24,7 @@ def update_router_bias(stage: nn.Module, state: ParallelState) -> dict[str, Tens
     Returns:
         The step's load of each router by module name, ``[E]`` int64.
     """
-    routers = {name: module for name, module in stage.named_modules() if isinstance(module, Router)}
+    routers: dict[str, Router] = {n: module for n, module in stage.named_modules() if isinstance(module, Router)}
     if not routers:
         return {}
     load = torch.stack([router.tokens_per_expert for router in routers.values()])

@@ -35,8 +35,7 @@ class Dispatch:
         received: ``[ep]`` rows that come from each rank.
         gathered: ``[etp]`` rows of each rank that shares these experts.
         counts: ``[local experts]`` rows of each local expert.
-        order: arrival order to expert order; None where they are the same.
-        inverse: expert order to arrival order.
+        order: the permutation from the order of arrival to expert order, and its inverse; None where they are the same.
     """
 
     rows: Tensor
@@ -47,8 +46,7 @@ class Dispatch:
     received: list[int]
     gathered: list[int]
     counts: list[int]
-    order: Tensor | None = None
-    inverse: Tensor | None = None
+    order: tuple[Tensor, Tensor] | None = None
 
 
 class AllToAllDispatcher:
@@ -106,18 +104,18 @@ class AllToAllDispatcher:
         d.counts = shared.sum((0, 1)).tolist()
         d.rows = gather_rows(all_to_all_rows(d.rows, d.received, d.sent, self.ep), d.gathered, self.etp)
         d.weights = gather_rows(all_to_all_rows(d.weights, d.received, d.sent, self.ep), d.gathered, self.etp)
-        d.order, d.inverse = _expert_order(shared.flatten(0, 1), d.rows.device)
+        d.order = _expert_order(shared.flatten(0, 1), d.rows.device)
         return d
 
     def dispatch_finish(self, d: Dispatch) -> Dispatch:
         """Bring the rows of each local expert together."""
         if d.order is not None:
-            d.rows, d.weights = reorder(d.rows, d.order, d.inverse), reorder(d.weights, d.order, d.inverse)
+            d.rows, d.weights = reorder(d.rows, *d.order), reorder(d.weights, *d.order)
         return d
 
     def combine_prepare(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
         """Back into the order of arrival."""
-        return rows_RH if d.order is None else reorder(rows_RH, d.inverse, d.order)
+        return rows_RH if d.order is None else reorder(rows_RH, *reversed(d.order))
 
     def combine_communicate(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
         """Sum the parts of each expert and send the rows back to their tokens' rank."""
@@ -145,7 +143,7 @@ def _all_gather_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
     return all_gather(counts.unsqueeze(0), group)
 
 
-def _expert_order(counts: Tensor, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _expert_order(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """The permutation from (source, expert) to (expert, source) order of row blocks, and its inverse.
 
     Args:
@@ -153,7 +151,7 @@ def _expert_order(counts: Tensor, device: torch.device) -> tuple[Tensor | None, 
         device: of the result.
     """
     if counts.shape[0] == 1 or counts.shape[1] == 1:
-        return None, None
+        return None
     blocks = torch.arange(int(counts.sum()), device=device).split(counts.flatten().tolist())
     experts = counts.shape[1]
     order = torch.cat([block for expert in range(experts) for block in blocks[expert::experts]])

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from r1mega.config import MoEConfig
-from r1mega.tensor_parallel.feed_forward import FeedForward
 from r1mega.moe.dispatcher import AllToAllDispatcher, Dispatch
 from r1mega.moe.experts import Experts
 from r1mega.moe.router import Router, Routing, expert_capacity
 from r1mega.parallel_state import ParallelState
+from r1mega.tensor_parallel.feed_forward import FeedForward
 
 
 class MoELayer(nn.Module):

@@ -50,8 +50,8 @@ def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, config: MoEConfig) 
 def balance_loss(probabilities_TE: Tensor, counts_BE: Tensor, sequence_T: Tensor, length: int, top_k: int) -> Tensor:
     """This rank's part of the sequence-wise balance loss, summed over sequences (DeepSeek-V3, equations 17-20).
 
-    ``sum_i f_i P_i`` with ``f_i = E / (K length) * counts_i`` and ``P_i`` the mean probability over the sequence. Linear
-    in the tokens once the counts are known, so the parts of the ranks that share a sequence add up to the whole.
+    ``sum_i f_i P_i`` with ``f_i = E / (K length) * counts_i`` and ``P_i`` the mean probability over the sequence.
+    Linear in the tokens once the counts are known, so the parts of the ranks that share a sequence add up.
 
     Args:
         probabilities_TE: ``[T, E]``, scores divided by their sum.
@@ -85,7 +85,7 @@ def drop_over_capacity(experts_TK: Tensor, weights_TK: Tensor, length: int, num_
 class Router(nn.Module):
     """Scores, choice, weights, balance statistics and losses. Its weight is whole on every rank.
 
-    ``tokens_per_expert`` counts the choices of this rank's tokens since it was last reset, in integers: sums of them are
+    ``tokens_per_expert`` counts the choices of this rank's tokens since it was last reset, in integers: their sum is
     exact in any order.
     """
 
@@ -96,6 +96,8 @@ class Router(nn.Module):
         self.config = config
         self.group: ProcessGroup = state.group("tp")
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype, device=device))
+        self.e_score_correction_bias: Tensor | None
+        self.tokens_per_expert: Tensor
         bias = torch.empty(config.num_experts, dtype=torch.float32, device=device) if config.score_bias else None
         self.register_buffer("e_score_correction_bias", bias)
         counts = torch.empty(config.num_experts, dtype=torch.int64, device=device)
@@ -165,4 +167,5 @@ class Router(nn.Module):
 
 def expert_capacity(config: MoEConfig, length: int) -> int:
     """Tokens that one expert takes of a sequence of ``length`` tokens."""
+    assert config.capacity_factor is not None
     return math.ceil(config.capacity_factor * config.top_k * length / config.num_experts)

@@ -12,7 +12,7 @@ def vocab_parallel_cross_entropy(logits_TV: Tensor, labels_T: Tensor, group: Pro
     """Negative log-likelihood of each label. ``logits_TV`` is overwritten (its gradient is made in its place).
 
     Args:
-        logits_TV: ``[T, V / tp]``, this rank's part of the vocabulary; rank r of ``group`` holds ids from ``r * V / tp`` on.
+        logits_TV: ``[T, V / tp]``, this rank's part of the vocabulary; rank r of ``group`` has ids from ``r * V / tp``.
         labels_T: ``[T]`` int64 ids of the whole vocabulary.
         group: the tensor-parallel group. Two all-reduces of ``[T]`` and ``[2, T]``; the vocabulary is never gathered.
 

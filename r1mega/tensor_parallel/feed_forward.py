@@ -14,9 +14,7 @@ from r1mega.tensor_parallel.layers import Linear
 class FeedForward(nn.Module):
     """``down(silu(gate(x)) * up(x))``. Token-sharded in and out: ``[T / tp, H] -> [T / tp, H]``."""
 
-    def __init__(
-        self, hidden_size: int, width: int, state: ParallelState, dtype: torch.dtype, device: str
-    ) -> None:
+    def __init__(self, hidden_size: int, width: int, state: ParallelState, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.group = state.group("tp")
         self.gate_proj = Linear(hidden_size, width, state, "column", dtype=dtype, device=device)

@@ -7,8 +7,11 @@ gradient norm how they are cut; the arithmetic is on local shards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from r1mega.kernels.linear import WeightGradients, gradient_buffer, like_parameter, linear, local
@@ -17,7 +20,11 @@ from r1mega.parallel_state import ParallelState
 
 
 def cut_parameter(
-    shape: tuple[int, ...], mesh, placements: list[Placement], dtype: torch.dtype, device: torch.device | str
+    shape: tuple[int, ...],
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> nn.Parameter:
     """An uninitialised parameter of global ``shape``, cut over ``mesh``; every cut must be even."""
     local_shape = list(shape)
@@ -64,12 +71,11 @@ class Linear(nn.Module):
         else:
             placement = Shard(0 if cut == "column" else 1)
             self.weight = cut_parameter(shape, state.mesh["tp"], [placement], dtype, device)
+        self.bias: nn.Parameter | None = None
         if bias and cut == "column":
             self.bias = cut_parameter((out_features,), state.mesh["tp"], [Shard(0)], dtype, device)
         elif bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))
-        else:
-            self.bias = None
 
     def forward(self, input_TI: Tensor) -> Tensor:
         """``[T, in] -> [T, out]``, local widths."""

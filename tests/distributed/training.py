@@ -1,4 +1,4 @@
-"""A few training steps of a tiny R1-shaped model under any layout, reported in a form that layouts can be compared by."""
+"""A few training steps of a tiny R1-shaped model under any layout, in a form that layouts can be compared by."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from r1mega.config import AttentionConfig, ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig
 from r1mega.data.batch import Batch
-from r1mega.model.blocks import place_blocks
 from r1mega.kernels.linear import local
+from r1mega.model.blocks import place_blocks
 from r1mega.model.init import initialize, local_slices
 from r1mega.model.stage import build_stage
 from r1mega.moe.balance import update_router_bias
@@ -27,7 +27,7 @@ GLOBAL_BATCH = 8
 
 
 def tiny_model(**changes) -> ModelConfig:
-    """First layer dense, then MoE with groups and a shared expert, MLA with q-LoRA, one MTP layer, auxiliary losses on."""
+    """One dense layer, then MoE with groups and a shared expert; MLA with q-LoRA, one MTP layer, auxiliary losses."""
     settings = dict(
         vocab_size=64,
         hidden_size=32,
@@ -142,7 +142,8 @@ def train(rank: int, world_size: int, job: Job) -> Report:
 def _merge(mine: dict[str, torch.Tensor], report: Report) -> dict[str, torch.Tensor]:
     """Put the ranks' shards together on rank 0; notes in the report where two ranks disagree on an element."""
     shards = {
-        name: (tuple(tensor.shape), local_slices(tensor), local(tensor).detach().clone()) for name, tensor in mine.items()
+        name: (tuple(tensor.shape), local_slices(tensor), local(tensor).detach().clone())
+        for name, tensor in mine.items()
     }
     everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
     dist.gather_object(shards, everyone if dist.get_rank() == 0 else None)

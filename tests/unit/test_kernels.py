@@ -73,7 +73,9 @@ def test_rms_norm_equals_torch(dtype, tolerance):
     assert actual.dtype == dtype
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     seed = torch.ones_like(actual)
-    for value, reference in zip(torch.autograd.grad(actual, (x, w), seed), torch.autograd.grad(expected, (expected_x, expected_w), seed)):
+    gradients = torch.autograd.grad(actual, (x, w), seed)
+    references = torch.autograd.grad(expected, (expected_x, expected_w), seed)
+    for value, reference in zip(gradients, references, strict=True):
         torch.testing.assert_close(value, reference, rtol=10 * tolerance, atol=10 * tolerance)
 
 
@@ -89,8 +91,9 @@ def test_attention_is_a_causal_softmax(v_dim, kv_heads):
     expected = scores.softmax(-1) @ v.repeat_interleave(4 // kv_heads, 1)
     actual = causal_attention(q, k, v, scale=0.3)
     torch.testing.assert_close(actual, expected)
-    for one, two in zip(torch.autograd.grad(actual.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v))):
-        torch.testing.assert_close(one, two)
+    gradients, references = (torch.autograd.grad(out.sum(), (q, k, v)) for out in (actual, expected))
+    for gradient, reference in zip(gradients, references, strict=True):
+        torch.testing.assert_close(gradient, reference)
 
 
 def choices(num_tokens: int, top_k: int, num_experts: int) -> torch.Tensor:
@@ -103,7 +106,7 @@ def test_rows_are_sorted_by_expert_and_within_an_expert_by_token(num_tokens):
     experts = choices(num_tokens, 3, 5)
     slot_of_row, counts, row_map = map_rows(experts, 5)
     pairs = sorted((int(e), t) for t, row in enumerate(experts) for e in row)
-    assert list(zip(experts.flatten()[slot_of_row].tolist(), row_map.token_of_row.tolist())) == pairs
+    assert list(zip(experts.flatten()[slot_of_row].tolist(), row_map.token_of_row.tolist(), strict=True)) == pairs
     assert counts.tolist() == [sum(e == i for e, _ in pairs) for i in range(5)]
 
 

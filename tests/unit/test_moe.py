@@ -60,9 +60,7 @@ def test_balance_loss_is_the_sum_of_fraction_times_mean_probability_of_each_sequ
     chosen = probabilities.topk(2).indices
     sequence = torch.arange(8) // 4
     counts = torch.stack([torch.bincount(part.flatten(), minlength=6) for part in chosen.chunk(2)])
-    expected = sum(
-        (6 / (2 * 4) * counts[b] * probabilities[4 * b : 4 * b + 4].mean(0)).sum() for b in range(2)
-    )
+    expected = sum((6 / (2 * 4) * counts[b] * probabilities[4 * b : 4 * b + 4].mean(0)).sum() for b in range(2))
     torch.testing.assert_close(balance_loss(probabilities, counts, sequence, length=4, top_k=2), expected)
 
 

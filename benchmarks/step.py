@@ -1,6 +1,6 @@
 """CPU-seconds of a training step: r1mega beside megatron-core, and beside the matrix products alone.
 
-    python benchmarks/step.py                              # all five layouts, about 8 minutes on 2 cores
+    python benchmarks/step.py                              # all five layouts, about 10 minutes on 2 cores
     python benchmarks/step.py --layouts 1,1,1 --rounds 1   # a first look, half a minute
     python benchmarks/step.py --output benchmarks/results/step.json
 
@@ -122,7 +122,11 @@ def measure_layout(layout: str, workload: Workload, options: argparse.Namespace,
 
 
 def summary(layout: str, world: int, floor: dict, runs: dict[str, list[dict]], num_warmup: int) -> dict:
-    """What is known of one layout: medians over all steps of all rounds, the ratio, the agreement of the losses."""
+    """What is known of one layout: medians over all steps of all rounds, the ratio, the agreement of the losses.
+
+    The ratio is the median of those of the rounds: the two runs of a round stand next to each other in time, so what
+    else the machine does weighs on both.
+    """
     steps = {name: [per_1000_tokens(run, num_warmup) for run in of_name] for name, of_name in runs.items()}
     medians = {name: statistics.median(sum(rounds, [])) for name, rounds in steps.items()}
     line = {
@@ -137,7 +141,11 @@ def summary(layout: str, world: int, floor: dict, runs: dict[str, list[dict]], n
     if ours and theirs:
         pairs = zip(steps["r1mega"], steps["megatron-core"], strict=True)
         of_rounds = [statistics.median(a) / statistics.median(b) for a, b in pairs]
-        line |= {"ratio": ours / theirs, "ratio_of_rounds": of_rounds, "loss_difference": loss_difference(runs)}
+        line |= {
+            "ratio": statistics.median(of_rounds),
+            "ratio_of_rounds": of_rounds,
+            "loss_difference": loss_difference(runs),
+        }
     return line
 
 

@@ -82,7 +82,9 @@ class Stage(nn.Module):
             _collect(losses, layer_losses)
         if self.norm is not None:
             streams = (self.norm(streams[0]),)
-        for index, layer in self.mtp.items() if batch.labels is not None else ():
+        if batch.labels is None:
+            return streams
+        for index, layer in self.mtp.items():
             embedded = self._embed(_ahead(batch.labels, int(index)))
             hidden, layer_losses = layer(streams[-1], embedded, length, batch.num_sequences)
             streams = (*streams, hidden)
@@ -95,7 +97,7 @@ class Stage(nn.Module):
 
     def _prediction_loss(self, hidden: Tensor, depth: int, batch: Batch) -> Tensor:
         """Mean over the tokens of the whole global batch, for MTP layers too (DeepSeek-V3, equation 24)."""
-        assert self.lm_head is not None
+        assert self.lm_head is not None and batch.labels is not None and batch.loss_mask is not None
         labels, mask = _ahead(batch.labels, depth), _ahead(batch.loss_mask, depth) & batch.loss_mask
         logits = self.lm_head(gather_tokens(hidden, self.group))
         loss = vocab_parallel_cross_entropy(logits, labels.flatten(), self.group)

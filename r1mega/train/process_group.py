@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 # A live rank answers within seconds; this bounds the wait for one that hangs.
 TIMEOUT = timedelta(minutes=10)
+SECONDS_TO_DIE = 2.0
 LOST_PEER = re.compile(
     "closed by peer|reset by peer|broken pipe|connection refused|timed out|timeout"  # gloo
     "|remote process exited|unhandled system error",  # NCCL
@@ -52,11 +54,19 @@ class Peers:
 
     def explain(self, error: BaseException) -> str | None:
         """One line on the peer that ``error`` comes from; None where no lost peer is the cause."""
-        dead = [rank for rank, (host, pid) in enumerate(self._everyone) if host == self._host and not _is_alive(pid)]
+        lost = LOST_PEER.search(str(error)) is not None
+        deadline = time.monotonic() + (SECONDS_TO_DIE if lost else 0.0)
+        # A process that ends closes its connections a moment before it is seen to have ended.
+        while not (dead := self._dead()) and time.monotonic() < deadline:
+            time.sleep(0.01)
         if dead:
             names = ", ".join(f"rank {rank} (process {self._everyone[rank][1]})" for rank in dead)
             return f"{names} died"
-        return f"another rank was lost: {_one_line(error)}" if LOST_PEER.search(str(error)) else None
+        return f"another rank was lost: {_one_line(error)}" if lost else None
+
+    def _dead(self) -> list[int]:
+        """The ranks on this machine whose process has ended."""
+        return [rank for rank, (host, pid) in enumerate(self._everyone) if host == self._host and not _is_alive(pid)]
 
 
 def _is_alive(pid: int) -> bool:

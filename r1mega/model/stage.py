@@ -84,6 +84,9 @@ class Stage(nn.Module):
             streams = (self.norm(streams[0]),)
         if batch.labels is None:
             return streams
+        if streams is activations and not self.is_last:
+            # Handed on as they came: FSDP watches over what a module returns, and must not find its very input there.
+            streams = tuple(stream.clone() for stream in streams)
         for index, layer in self.mtp.items():
             embedded = self._embed(_ahead(batch.labels, int(index)))
             hidden, layer_losses = layer(streams[-1], embedded, length, batch.num_sequences)

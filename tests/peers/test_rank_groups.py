@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from megatron.core.parallel_state import RankGenerator
 
+from r1mega.data.megatron import quiet_import
 from r1mega.parallel_state import Layout
+
+with quiet_import():
+    from megatron.core.parallel_state import RankGenerator
 
 ORDER = "tp-cp-ep-dp-pp"
 SIZES = (1, 2, 4, 8, 16)

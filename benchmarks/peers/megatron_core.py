@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.peers.megatron_core --ep 2
 
-prints one line of JSON (see :class:`benchmarks.workload.Measurement`). Settings that are a matter of speed are chosen in
-Megatron's favour: no recomputation, ``isend``/``irecv`` between stages, the all-to-all dispatcher, eager mode. Its
-all-gather dispatcher and its fused SwiGLU, with and without torch.compile, were measured and are no faster. What a CPU
-cannot have is absent: Transformer Engine, Apex, grouped GEMM, flash attention.
+prints one line of JSON (see :class:`benchmarks.workload.Measurement`). Settings that are a matter of speed are
+chosen in Megatron's favour: no recomputation, ``isend``/``irecv`` between stages, all-to-all dispatcher, eager mode.
+Its all-gather dispatcher and its fused SwiGLU, with and without torch.compile, were measured and are no faster.
+What a CPU cannot have is absent: Transformer Engine, Apex, grouped GEMM, flash attention.
 """
 
 from __future__ import annotations

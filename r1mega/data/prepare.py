@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,14 +171,17 @@ def _encode(
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builders = {part: IndexedDatasetBuilder(str(folder / f"{part}.bin"), dtype=dtype) for part in counts}
     start = last = time.monotonic()
-    for part, text in documents:
-        ids = tokenizer.encode(text, eos=True)
-        builders[part].add_document(ids, [len(ids)])
-        counts[part] += len(ids)
-        if (now := time.monotonic()) - last > _SECONDS_BETWEEN_REPORTS:
-            last, done = now, corpus.bytes_read / max(1, corpus.num_bytes)
-            left = (now - start) * (1 - done) / done
-            report(f"encoding: {done:4.0%}, {sum(counts.values()):,} tokens, {left:.0f} s left")
+    with ExitStack() as files:
+        for builder in builders.values():
+            files.enter_context(builder.data_file)  # megatron-core closes it only where nothing goes wrong
+        for part, text in documents:
+            ids = tokenizer.encode(text, eos=True)
+            builders[part].add_document(ids, [len(ids)])
+            counts[part] += len(ids)
+            if (now := time.monotonic()) - last > _SECONDS_BETWEEN_REPORTS:
+                last, done = now, corpus.bytes_read / max(1, corpus.num_bytes)
+                left = (now - start) * (1 - done) / done
+                report(f"encoding: {done:4.0%}, {sum(counts.values()):,} tokens, {left:.0f} s left")
     for part, builder in builders.items():
         builder.finalize(str(folder / f"{part}.idx"))
         if not counts[part]:

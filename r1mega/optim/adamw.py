@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from r1mega.config import OptimizerConfig
+from r1mega.optim.gradients import local_gradient
 
 
 class AdamW:
@@ -91,7 +92,7 @@ class _Group:
         torch._foreach_add_(self.steps, num_steps - 1)
         adamw(
             [parameter.to_local() for parameter in self.parameters],
-            [parameter.grad.to_local() for parameter in self.parameters],
+            [local_gradient(parameter) for parameter in self.parameters],
             self.exp_avg,
             self.exp_avg_sq,
             [],

@@ -85,12 +85,19 @@ class Gradients:
 
 def _is_whole_on_tp(parameter: DTensor) -> bool:
     """Whether each tensor-parallel rank has the parameter whole, and so only a part of its gradient's sum."""
-    names = parameter.device_mesh.mesh_dim_names
+    names = parameter.device_mesh.mesh_dim_names or ()
     return "tp" not in names and "ep" not in names
 
 
+def local_gradient(parameter: DTensor) -> Tensor:
+    """This rank's shard of the gradient of ``parameter``, which must have one."""
+    gradient = parameter.grad
+    assert isinstance(gradient, DTensor), "every parameter has a reduced gradient, of zeros where nothing reached it"
+    return gradient.to_local()
+
+
 def _local_gradients(parameters: Sequence[DTensor]) -> list[Tensor]:
-    return [parameter.grad.to_local() for parameter in parameters]
+    return [local_gradient(parameter) for parameter in parameters]
 
 
 def _block_norms(tensors: list[Tensor]) -> Tensor:

@@ -92,6 +92,7 @@ class Checkpointer:
         temporary = self._folder / f".{self._name}.tmp"
         writer = _Writer(temporary)
         written = dcp.async_save(dict(tensors), storage_writer=writer, process_group=self._group)
+        assert isinstance(written, Future)
         written.add_done_callback(partial(self._publish, self._folder / self._name, progress, self._pending))
 
     def failed(self) -> bool:
@@ -152,8 +153,8 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> Progress:
 def reason(error: BaseException) -> str:
     """The cause of a failed save or load as one line."""
     if isinstance(error, CheckpointException) and error.failures:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {reason(cause)}"
+        rank, (failure, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {reason(failure)}"
     cause: BaseException | None = error
     while cause is not None:
         # torch's writer reports a failed write as an error of its own; the system's says more.

@@ -134,12 +134,12 @@ def _sample(trainer: Trainer) -> str | None:
     )
 
 
-def _gather_loads(trainer: Trainer) -> dict[str, Tensor]:
+def _gather_loads(trainer: Trainer) -> dict[str, list[int]]:
     """Tokens of each expert over the last steps, by router, of all stages; on rank 0."""
     mine: dict[str, Tensor] = {}
     for loads in trainer.recent_loads:
         for name, load in loads.items():
             mine[name] = mine.get(name, 0) + load.cpu()
-    everyone: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
+    everyone: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine if trainer.state.rank_in("tp_dp_cp") == 0 else {})
-    return {name: load for loads in everyone for name, load in loads.items()}
+    return {name: load.tolist() for loads in everyone for name, load in loads.items()}

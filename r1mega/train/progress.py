@@ -40,18 +40,18 @@ class ProgressPrinter:
         seconds = metrics["step_seconds"]
         # A moving average: the first steps are slower, and a glance at it should not jump.
         before = seconds if self._seconds_per_step is None else self._seconds_per_step
-        self._seconds_per_step = 0.9 * before + 0.1 * seconds
+        self._seconds_per_step = average = 0.9 * before + 0.1 * seconds
         now, is_last = time.monotonic(), metrics["step"] >= self._num_steps
         if is_last or now - self._last_printed >= self._pause:
             self._last_printed = now
-            self._print(self._line(metrics), end_line=is_last)
+            self._print(self._line(metrics, average), end_line=is_last)
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the line in place."""
         self._print(text, end_line=True)
 
-    def _line(self, metrics: Mapping[str, int | float]) -> str:
-        step, left = metrics["step"], (self._num_steps - metrics["step"]) * self._seconds_per_step
+    def _line(self, metrics: Mapping[str, int | float], seconds_per_step: float) -> str:
+        step, left = metrics["step"], (self._num_steps - metrics["step"]) * seconds_per_step
         width = len(str(self._num_steps))
         parts = [f"step {step:{width}d}/{self._num_steps}", f"loss {metrics['loss']:.4f}"]
         parts += [f"grad {metrics['grad_norm']:.3f}", f"{human(metrics['tokens_per_second'])} tokens/s"]

@@ -65,6 +65,7 @@ def _choose(
     chooser = state.layout.groups("pp")[0][-1]
     token = torch.zeros(1, dtype=torch.int64)
     if state.rank == chooser:
+        assert logits is not None, "the last stage computes the logits"
         probabilities = torch.softmax(logits[position, :vocab_size].double().cpu() / TEMPERATURE, dim=-1)
         token = torch.multinomial(probabilities, 1, generator=generator)
     token = token.to(state.device)

@@ -6,7 +6,8 @@ global batch, so gradients are sums, and they are summed once a step, when the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from r1mega.parallel_state import ParallelState
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 
 def shard(stage: nn.Module, state: ParallelState, dtype: torch.dtype) -> None:
@@ -35,16 +39,17 @@ def shard(stage: nn.Module, state: ParallelState, dtype: torch.dtype) -> None:
     dense, experts = state.mesh["dp"], state.expert_mesh["edp"]
     for module in _units(stage):
         is_experts = _owns_experts(module)
-        fully_shard(
+        unit = fully_shard(
             module,
             mesh=experts if is_experts else dense,
             reshard_after_forward=False,
             mp_policy=policy,
             shard_placement_fn=_expert_placement(experts.size()) if is_experts else None,
         )
-        module.set_gradient_divide_factor(1.0)
+        unit.set_gradient_divide_factor(1.0)
         # Without this FSDP multiplies inside the reduction (PREMUL_SUM), which gloo does not know.
-        module.set_force_sum_reduction_for_comms(True)
+        unit.set_force_sum_reduction_for_comms(True)
+    assert isinstance(stage, FSDPModule)
     stage.set_requires_gradient_sync(False)
     stage.set_reshard_after_backward(False)
     stage.set_is_last_backward(False)
@@ -56,10 +61,12 @@ def named_shards(stages: Iterable[nn.Module]) -> list[tuple[str, DTensor]]:
     The shards are the same objects for the whole run, so one call after initialisation is enough. A name is there
     twice where two stages of this rank hold a copy of it.
     """
-    found = []
+    found: list[tuple[str, DTensor]] = []
     for stage in stages:
         reshard(stage)
-        found += list(stage.named_parameters())
+        for name, parameter in stage.named_parameters():
+            assert isinstance(parameter, DTensor), f"{name} is not sharded"
+            found.append((name, parameter))
     return found
 
 
@@ -76,6 +83,7 @@ def reduce_gradients(stage: nn.Module) -> None:
     Afterwards ``grad`` of every shard is the sum's shard; zeros where a parameter got no gradient. The next forward
     gathers the parameters anew.
     """
+    assert isinstance(stage, FSDPModule)
     groups = list(_parameter_groups(stage))
     for group in groups:
         _fill_missing_gradients(group)
@@ -83,7 +91,7 @@ def reduce_gradients(stage: nn.Module) -> None:
         group.post_backward()
     stage.set_is_last_backward(True)
     # The end of a backward pass as FSDP knows it: waits for the reductions and clears what it kept for the step.
-    fully_shard.state(stage)._root_post_backward_final_callback()
+    stage._get_fsdp_state()._root_post_backward_final_callback()
     stage.set_is_last_backward(False)
     for group in groups:
         group.reduce_grads = group.reshard_after_backward = False
@@ -109,30 +117,31 @@ def _owns_experts(module: nn.Module) -> bool:
     )
 
 
-def _expert_placement(num_shards: int):  # noqa: ANN202
+def _expert_placement(num_shards: int) -> Callable[[nn.Parameter], Shard]:
     """Cut experts [experts, rows, columns] by expert; by rows where the experts do not divide but the rows do."""
 
-    def placement(parameter: DTensor) -> Shard:
+    def placement(parameter: nn.Parameter) -> Shard:
+        assert isinstance(parameter, DTensor)
         num_experts, rows, _ = parameter.to_local().shape
         return Shard(1 if num_experts % num_shards and rows % num_shards == 0 else 0)
 
     return placement
 
 
-def _parameter_groups(stage: nn.Module) -> Iterator[object]:
+def _parameter_groups(stage: FSDPModule) -> Iterator[FSDPParamGroup]:
     """FSDP's parameter groups of ``stage``, outermost module first.
 
     FSDP2 has no public call for "reduce now": its own pipeline stage (``torch.distributed.pipelining.stage``,
     ``perform_reduce_grad``) takes this private way, too. A module had one group up to torch 2.11, several since.
     """
-    for state in fully_shard.state(stage)._state_ctx.all_states:
+    for state in stage._get_fsdp_state()._state_ctx.all_states:
         if hasattr(state, "_fsdp_param_groups"):
             yield from state._fsdp_param_groups
         elif state._fsdp_param_group is not None:
             yield state._fsdp_param_group
 
 
-def _fill_missing_gradients(group: object) -> None:
+def _fill_missing_gradients(group: FSDPParamGroup) -> None:
     """Give zeros to the parameters without a gradient, as other ranks may have one and the collective needs all."""
     if not group.is_unsharded:
         group.unshard()

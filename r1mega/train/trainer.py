@@ -51,16 +51,15 @@ class Trainer:
     def __init__(self, config: Config, state: ParallelState, checkpoint: Path | None = None) -> None:
         self.config, self.state = config, state
         self.stages = build_stages(config, state)
-        fresh = checkpoint is None
         for stage in self.stages.values():
-            if fresh and config.model.checkpoint is not None:
+            if checkpoint is None and config.model.checkpoint is not None:
                 load_huggingface(stage, config.model, config.model.checkpoint)
             else:
                 initialize(stage, config.model, config.train.seed)
         self.parameters = named_shards(self.stages.values())
         self.optimizer = AdamW(self.parameters, config.optimizer)
         self.gradients = Gradients(self.parameters, state)
-        self.progress = Progress(0, 0) if fresh else self._load(checkpoint)
+        self.progress = Progress(0, 0) if checkpoint is None else self._load(checkpoint)
         self.checkpointer = Checkpointer(Path(config.train.output_dir) / CHECKPOINT_FOLDER, config)
         self.executor = build_executor(config, state, self.stages)
         self.tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer is not None else None
@@ -88,7 +87,7 @@ class Trainer:
         loads = self._update_router_bias()
         tokens = config.train.global_batch_size * config.data.sequence_length
         self.progress = Progress(number, self.progress.tokens + tokens)
-        metrics = {"step": number, "tokens": self.progress.tokens}
+        metrics: dict[str, int | float] = {"step": number, "tokens": self.progress.tokens}
         metrics |= self._reduce(losses, loads)
         metrics |= {"grad_norm": norm, "learning_rate": rate}
         seconds = time.perf_counter() - started

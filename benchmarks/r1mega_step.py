@@ -38,7 +38,7 @@ from r1mega.config import (
     TrainConfig,
 )
 from r1mega.data.batch import Batch
-from r1mega.kernels.linear import local
+from r1mega.kernels.parameter import local
 from r1mega.model.init import local_slices
 from r1mega.moe.balance import update_router_bias
 from r1mega.moe.router import Router

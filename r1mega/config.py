@@ -8,6 +8,7 @@ needs several classes, or the number of processes, is checked by :meth:`Config.v
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,7 +24,7 @@ def require(condition: bool, name: str, value: object, what_fits: str) -> None:
 
 
 def divisors(number: int) -> str:
-    """The divisors of ``number`` as a phrase: ``2, 4, 8 or 16``; one is left out where there are others."""
+    """The divisors of ``number``, 1 or more, as a phrase: ``2, 4, 8 or 16``; 1 is left out where there are others."""
     found = [str(d) for d in range(1, number + 1) if number % d == 0]
     found = found[1:] if len(found) > 1 else found
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
@@ -33,6 +34,19 @@ def _require_positive(prefix: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{prefix}.{name}", value, "must be positive")
+
+
+def _require_not_negative(prefix: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{prefix}.{name}", value, "must be 0 or more")
+
+
+def _require_finite(prefix: str, config: object) -> None:
+    """Of every number in ``config``: YAML can write infinity and NaN, and 1e999 is infinity, too."""
+    for name, value in vars(config).items():
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{prefix}.{name}", value, "must be finite")
 
 
 @dataclass
@@ -64,7 +78,14 @@ class RopeConfig:
     high_freq_factor: float = 4.0
 
     def __post_init__(self) -> None:
+        _require_finite("model.attention.rope", self)
         _require_positive("model.attention.rope", self, "theta", "factor", "original_max_position")
+        _require_positive("model.attention.rope", self, "beta_slow", "low_freq_factor")
+        _require_not_negative("model.attention.rope", self, "mscale", "mscale_all_dim")
+        for high, low in (("beta_fast", "beta_slow"), ("high_freq_factor", "low_freq_factor")):
+            limit, value = getattr(self, low), getattr(self, high)
+            what_fits = f"must be more than model.attention.rope.{low} ({limit})"
+            require(value > limit, f"model.attention.rope.{high}", value, what_fits)
 
 
 @dataclass
@@ -107,6 +128,9 @@ class AttentionConfig:
             self.qk_rope_head_dim,
             "must be positive and even",
         )
+        for name in ("q_lora_rank", "head_dim"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.attention.{name}", value, "must be positive, or null")
         if self.num_kv_heads is not None:
             require(
                 self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
@@ -166,7 +190,11 @@ class MoEConfig:
         require(self.num_experts >= 0, "model.moe.num_experts", self.num_experts, "must be 0 (dense) or more")
         if self.num_experts == 0:
             return
+        _require_finite("model.moe", self)
         _require_positive("model.moe", self, "top_k", "ffn_hidden_size", "num_groups", "top_k_groups")
+        _require_positive("model.moe", self, "routed_scaling_factor")
+        _require_not_negative("model.moe", self, "num_shared_experts", "bias_update_rate")
+        _require_not_negative("model.moe", self, "aux_loss_coefficient", "z_loss_coefficient")
         require(
             self.num_experts % self.num_groups == 0,
             "model.moe.num_groups",
@@ -243,8 +271,10 @@ class ModelConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
+        _require_finite("model", self)
         _require_positive("model", self, "vocab_size", "hidden_size", "num_layers", "ffn_hidden_size", "max_position")
-        require(self.num_mtp_layers >= 0, "model.num_mtp_layers", self.num_mtp_layers, "must be 0 or more")
+        _require_positive("model", self, "norm_eps", "init_std")
+        _require_not_negative("model", self, "num_mtp_layers", "mtp_loss_coefficient")
         require(
             0 <= self.first_dense_layers <= self.num_layers,
             "model.first_dense_layers",
@@ -349,9 +379,16 @@ class OptimizerConfig:
     clip_grad: float = 1.0
 
     def __post_init__(self) -> None:
+        _require_finite("optimizer", self)
         _require_positive("optimizer", self, "learning_rate", "eps")
-        for name in ("min_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "clip_grad"):
-            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must be 0 or more")
+        _require_not_negative("optimizer", self, "min_learning_rate", "warmup_steps", "decay_steps")
+        _require_not_negative("optimizer", self, "weight_decay", "clip_grad")
+        require(
+            self.schedule == "constant" or self.min_learning_rate <= self.learning_rate,
+            "optimizer.min_learning_rate",
+            self.min_learning_rate,
+            f"must be at most optimizer.learning_rate ({self.learning_rate})",
+        )
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
 
@@ -392,8 +429,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive("train", self, "num_steps", "global_batch_size", "microbatch_size", "keep_checkpoints")
-        for name in ("valid_interval", "valid_batches", "checkpoint_interval", "sample_tokens"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "must be 0 or more")
+        _require_not_negative("train", self, "valid_interval", "valid_batches", "checkpoint_interval", "sample_tokens")
+        require(0 <= self.seed < 2**63, "train.seed", self.seed, "must be between 0 and 2**63 - 1")
+        require(self.output_dir != "", "train.output_dir", self.output_dir, "must name a folder")
 
 
 @dataclass

@@ -156,6 +156,8 @@ class StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a name", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -175,6 +177,8 @@ def check_file(path: str) -> None:
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = getattr(error, "problem", None) or one_line(str(error))
         raise ConfigError(f"config={path}: is not valid YAML{where}: {what}") from error
+    except RecursionError as error:
+        raise ConfigError(f"config={path}: is nested too deeply; must be a YAML file of settings") from error
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"config={path}: must hold settings by group, such as 'train: {{num_steps: 100}}'")
     check_tree(tree, "", path)
@@ -186,6 +190,8 @@ def check_tree(tree: dict, prefix: str, path: str) -> None:
         name = f"{prefix}{key}"
         if name not in group_names():
             check_name(name)
+            if value is None and types.NoneType not in typing.get_args(setting_types()[name]):
+                raise ConfigError(f"{name}=null: {what_fits(setting_types()[name])}")
         elif isinstance(value, dict):
             check_tree(value, f"{name}.", path)
         else:
@@ -200,7 +206,7 @@ def check_name(name: str) -> None:
     if name in group_names():
         example = next(setting for setting in known if setting.startswith(f"{name}."))
         raise ConfigError(f"{name}: is a group of settings; give them one by one (--{example}) or in a --config FILE")
-    guess = name.replace("-", "_")
+    guess = name.replace("-", "_").lower()
     same_last_part = [setting for setting in known if setting.split(".")[-1] == guess.split(".")[-1]]
     begun = [setting for setting in known if setting.startswith(guess)]
     likely = same_last_part or begun

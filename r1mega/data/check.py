@@ -11,6 +11,7 @@ from r1mega.data.tokenizer import Tokenizer
 
 _SCAN_TOKENS = 1 << 28
 _SCAN_WINDOWS = 64
+_MOST_EPOCHS = 10_000  # the order of each is made before the run begins
 
 
 def check_data(config: Config, contents: bool = True) -> None:
@@ -29,14 +30,18 @@ def check_data(config: Config, contents: bool = True) -> None:
     prefixes = {}
     for name, blend in (("data.train", data.train), ("data.valid", data.valid)):
         prefixes[name] = [prefix for prefix, _ in parse_blend(blend, name)]
+        num_samples = 0
         for prefix in prefixes[name]:
             index = read_index(prefix, name)
+            num_samples += (index.num_tokens - 1) // data.sequence_length
             if (size := index.num_tokens) <= data.sequence_length:
                 raise ConfigError(
                     f"data.sequence_length={data.sequence_length}: {prefix}.bin ({name}) has only {size} tokens"
                 )
             if contents:
                 _check_tokens(index, config.model.vocab_size, name)
+        if blend:
+            _check_epochs(config, name, num_samples)
     if contents and data.checksum is not None and (found := checksum(prefixes["data.train"])) != data.checksum:
         files = ", ".join(prefixes["data.train"])
         raise ConfigError(f"data.checksum={data.checksum}: the files of data.train ({files}) have {found}")
@@ -48,6 +53,16 @@ def check_data(config: Config, contents: bool = True) -> None:
                 f"the size of data.tokenizer ({data.tokenizer})"
             )
     _check_cache_folder(cache_folder(prefixes["data.train"], data.cache_dir))
+
+
+def _check_epochs(config: Config, name: str, num_samples: int) -> None:
+    """A slip of a few zeros must not fill the disk with sample orders."""
+    setting = "num_steps" if name == "data.train" else "valid_batches"
+    steps, most = getattr(config.train, setting), _MOST_EPOCHS * num_samples // config.train.global_batch_size
+    if steps > most:
+        raise ConfigError(
+            f"train.{setting}={steps}: must be at most {most}, which is {_MOST_EPOCHS:,} times through {name}"
+        )
 
 
 def _check_tokens(index: IndexFile, vocab_size: int, name: str) -> None:
@@ -64,8 +79,9 @@ def _check_tokens(index: IndexFile, vocab_size: int, name: str) -> None:
 
 
 def _check_cache_folder(folder: Path) -> None:
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data.cache_dir={folder}: cannot be made ({error.strerror}); name another folder") from error
+    if not os.access(folder, os.W_OK):
         raise ConfigError(f"data.cache_dir={folder}: cannot be written; name another folder")

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -34,12 +34,13 @@ def whole_folder(target: Path) -> Iterator[Path | None]:
         try:
             yield partial
         except BaseException:
-            shutil.rmtree(partial)
+            _remove(partial)
             raise
         for path in sorted(partial.iterdir()):
             _flush(path)
-        (partial / _LOCK).unlink()
+        # The lock goes last: until the folder has its name, whoever opens the lock must find this one and wait.
         os.rename(partial, target)
+        (target / _LOCK).unlink()
         _flush(target.parent)
 
 
@@ -56,7 +57,10 @@ def _lock_folder(partial: Path, target: Path) -> IO[bytes] | None:
         try:
             # Whoever held the lock before may have renamed or removed the folder: then this lock guards nothing.
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(partial / _LOCK)):
-                return lock
+                if not target.exists():
+                    return lock
+                # It appeared between the look at the top and the lock.
+                _remove(partial)
         except FileNotFoundError:
             pass
         lock.close()
@@ -69,6 +73,14 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != _LOCK:
             path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder whose lock is held; a process that takes a new lock on the way keeps it."""
+    _clear(folder)
+    (folder / _LOCK).unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _flush(path: Path) -> None:

@@ -67,6 +67,13 @@ def read_index(prefix: str, name: str) -> IndexFile:
 
     Raises :class:`ConfigError` naming the field ``name`` and the file that is missing, damaged or cut short.
     """
+    try:
+        return _read_index(prefix, name)
+    except OSError as error:
+        raise ConfigError(f"{name}={prefix}: {error.filename or prefix} cannot be read: {error.strerror}") from error
+
+
+def _read_index(prefix: str, name: str) -> IndexFile:
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (bin_path, idx_path):
         if not path.is_file():
@@ -95,7 +102,10 @@ def read_index(prefix: str, name: str) -> IndexFile:
         actual = bin_path.stat().st_size
         what = "cut short" if actual < expected else "longer than its index says"
         raise ConfigError(f"{name}={prefix}: {bin_path} is {what} ({actual} bytes, {idx_path} says {expected})")
-    return IndexFile(prefix, token_type, lengths)
+    index = IndexFile(prefix, token_type, lengths)
+    if int(lengths.min()) < 0 or index.num_tokens * token_type.itemsize != expected:
+        raise ConfigError(f"{name}={prefix}: {idx_path} is damaged: its lengths do not add up to {bin_path}")
+    return index
 
 
 def cache_folder(prefixes: list[str], cache_dir: str | None) -> Path:

@@ -42,15 +42,11 @@ class Tokenizer:
 
         Raises :class:`ConfigError` of one line where there is none or it cannot be read.
         """
-        file = Path(path)
-        if file.is_dir():
-            found = [file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).is_file()]
-            if not found:
-                raise ConfigError(f"data.tokenizer={path}: the folder holds neither tokenizer.json nor tokenizer.model")
-            file = found[0]
-        if not file.is_file():
-            raise ConfigError(f"data.tokenizer={path}: there is no such file or folder")
-        return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+        try:
+            file = _find_file(Path(path))
+            return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+        except OSError as error:
+            raise ConfigError(f"data.tokenizer={path}: cannot be read: {error.strerror}") from error
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of ``text``, with ``bos_id`` before and ``eos_id`` after it if asked for."""
@@ -67,6 +63,18 @@ class Tokenizer:
 
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+
+def _find_file(path: Path) -> Path:
+    """``path``, or the tokenizer's file in the folder ``path``. Raises :class:`ConfigError` where there is none."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ConfigError(f"data.tokenizer={path}: there is no such file or folder")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    raise ConfigError(f"data.tokenizer={path}: the folder holds neither tokenizer.json nor tokenizer.model")
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -1,4 +1,4 @@
-"""Matrix products that own their weight gradient: ``linear`` and ``grouped_linear``.
+"""Matrix products that own their weight gradient: ``linear`` and ``grouped_linear``, and several at once.
 
 Backward computes the input gradient at once. The weight gradient goes one of two ways:
 
@@ -13,40 +13,13 @@ Shapes: T rows, R routed rows, I input features, O output features, E local expe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-
-class WeightGradients(Protocol):
-    """What a layer needs of a weight-gradient store (``r1mega.pipeline.weight_gradient``)."""
-
-    def add(self, work: Callable[[], None]) -> None: ...
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The shard of a ``DTensor`` that this rank holds; any other tensor as it is. Not differentiable."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """``gradient`` of the local shard, as a ``DTensor`` where ``parameter`` is one."""
-    if not isinstance(parameter, DTensor):
-        return gradient
-    return DTensor.from_local(
-        gradient, parameter.device_mesh, parameter.placements, run_check=False,
-        shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
-
-
-def gradient_buffer(parameter: Tensor) -> Tensor:
-    """The local shard of ``parameter.grad``, made of zeros where there is none yet."""
-    if parameter.grad is None:
-        parameter.grad = like_parameter(torch.zeros_like(local(parameter)), parameter)
-    return local(parameter.grad)
+from r1mega.kernels.parameter import WeightGradients, gradient_buffer, like_parameter, local
 
 
 def linear(input_TI: Tensor, weight_OI: Tensor, store: WeightGradients | None = None) -> Tensor:
@@ -60,36 +33,47 @@ def linear(input_TI: Tensor, weight_OI: Tensor, store: WeightGradients | None = 
     Returns:
         ``[T, O]``.
     """
-    return _Linear.apply(input_TI, weight_OI, store)
+    return _Linears.apply(input_TI, store, weight_OI)[0]
 
 
-class _Linear(torch.autograd.Function):
+def linears(input_TI: Tensor, weights: Sequence[Tensor], store: WeightGradients | None = None) -> tuple[Tensor, ...]:
+    """:func:`linear` of one input with several weights; the input's gradient is summed inside the products."""
+    return _Linears.apply(input_TI, store, *weights)
+
+
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_TI, weight_OI, store):
-        # The weight is not saved through autograd: FSDP frees and refills its storage between forward and backward.
+    def forward(ctx, input_TI, store, *weights):
+        # The weights are not saved through autograd: FSDP frees and refills their storage between forward and backward.
         ctx.save_for_backward(input_TI)
-        ctx.weight, ctx.store = weight_OI, store
-        return input_TI @ local(weight_OI).t()
+        ctx.weights, ctx.store = weights, store
+        return tuple(input_TI @ local(weight).t() for weight in weights)
 
     @staticmethod
-    def backward(ctx, grad_TO):
+    def backward(ctx, *grads):
         (input_TI,) = ctx.saved_tensors
-        weight, store = ctx.weight, ctx.store
-        grad_input = grad_TO @ local(weight) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_input, None, None
+        weights, store = ctx.weights, ctx.store
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grads[0] @ local(weights[0])
+            for grad_TO, weight in zip(grads[1:], weights[1:], strict=True):
+                grad_input.addmm_(grad_TO, local(weight))
+        if not ctx.needs_input_grad[2]:
+            return grad_input, None, *(None for _ in weights)
         if store is None:
-            return grad_input, like_parameter(grad_TO.t() @ input_TI, weight), None
-        store.add(lambda: _add_product(weight, grad_TO, input_TI))
-        return grad_input, None, None
+            pairs = zip(grads, weights, strict=True)
+            return grad_input, None, *(like_parameter(grad_TO.t() @ input_TI, weight) for grad_TO, weight in pairs)
+        for grad_TO, weight in zip(grads, weights, strict=True):
+            store.add(partial(_add_product, weight, grad_TO, input_TI))
+        return grad_input, None, *(None for _ in weights)
 
 
+@torch.no_grad()
 def _add_product(weight: Tensor, grad_TO: Tensor, input_TI: Tensor) -> None:
-    with torch.no_grad():
-        if weight.grad is None:
-            weight.grad = like_parameter(grad_TO.t() @ input_TI, weight)
-        else:
-            local(weight.grad).addmm_(grad_TO.t(), input_TI)
+    if weight.grad is None:
+        weight.grad = like_parameter(grad_TO.t() @ input_TI, weight)
+    else:
+        local(weight.grad).addmm_(grad_TO.t(), input_TI)
 
 
 def grouped_linear(
@@ -106,43 +90,68 @@ def grouped_linear(
     Returns:
         ``[R, O]``.
     """
-    return _GroupedLinear.apply(input_RI, weight_EOI, counts, store)
+    return _GroupedLinears.apply(input_RI, counts, store, weight_EOI)[0]
 
 
-class _GroupedLinear(torch.autograd.Function):
+def grouped_linears(
+    input_RI: Tensor, weights: Sequence[Tensor], counts: Sequence[int], store: WeightGradients | None = None
+) -> tuple[Tensor, ...]:
+    """:func:`grouped_linear` of one input with several weights; the input's gradient is summed inside the products."""
+    return _GroupedLinears.apply(input_RI, counts, store, *weights)
+
+
+class _GroupedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_RI, weight_EOI, counts, store):
+    def forward(ctx, input_RI, counts, store, *weights):
         ctx.save_for_backward(input_RI)
-        ctx.weight, ctx.counts, ctx.store = weight_EOI, counts, store
-        return _grouped_matmul(input_RI, local(weight_EOI).transpose(1, 2), counts)
+        ctx.weights, ctx.counts, ctx.store = weights, counts, store
+        return tuple(_grouped_matmul(input_RI, local(weight).transpose(1, 2), counts) for weight in weights)
 
     @staticmethod
-    def backward(ctx, grad_RO):
+    def backward(ctx, *grads):
         (input_RI,) = ctx.saved_tensors
-        weight, counts, store = ctx.weight, ctx.counts, ctx.store
-        grad_RO = grad_RO.contiguous()
-        grad_input = _grouped_matmul(grad_RO, local(weight), counts) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_input, None, None, None
-        if store is None:
+        weights, counts, store = ctx.weights, ctx.counts, ctx.store
+        grads = [grad_RO.contiguous() for grad_RO in grads]
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            for grad_RO, weight in zip(grads, weights, strict=True):
+                grad_input = _grouped_matmul(grad_RO, local(weight), counts, add_to=grad_input)
+        if not ctx.needs_input_grad[3]:
+            return grad_input, None, None, *(None for _ in weights)
+        if store is not None:
+            for grad_RO, weight in zip(grads, weights, strict=True):
+                store.add(partial(_add_grouped_product_to, weight, grad_RO, input_RI, counts))
+            return grad_input, None, None, *(None for _ in weights)
+        found = []
+        for grad_RO, weight in zip(grads, weights, strict=True):
             gradient = torch.zeros_like(local(weight))
             _add_grouped_product(gradient, grad_RO, input_RI, counts)
-            return grad_input, like_parameter(gradient, weight), None, None
-        store.add(lambda: _add_grouped_product(gradient_buffer(weight), grad_RO, input_RI, counts))
-        return grad_input, None, None, None
+            found.append(like_parameter(gradient, weight))
+        return grad_input, None, None, *found
 
 
-def _grouped_matmul(rows_RX: Tensor, weights_EXY: Tensor, counts: Sequence[int]) -> Tensor:
-    """``rows @ weights[e]`` for each group of rows. On a GPU one launch; on a CPU a product an expert."""
+def _grouped_matmul(
+    rows_RX: Tensor, weights_EXY: Tensor, counts: Sequence[int], add_to: Tensor | None = None
+) -> Tensor:
+    """``rows @ weights[e]`` for each group of rows, added to ``add_to``. One launch on a GPU, one an expert on a CPU."""
     if rows_RX.is_cuda:
-        return torch.nn.functional.grouped_mm(rows_RX, weights_EXY, offs=_offsets(counts, rows_RX.device))
-    result = rows_RX.new_empty(rows_RX.shape[0], weights_EXY.shape[2])
+        result = torch.nn.functional.grouped_mm(rows_RX, weights_EXY, offs=_offsets(counts, rows_RX.device))
+        return result if add_to is None else add_to.add_(result)
+    result = rows_RX.new_empty(rows_RX.shape[0], weights_EXY.shape[2]) if add_to is None else add_to
     start = 0
     for weight_XY, count in zip(weights_EXY.unbind(), counts, strict=True):
         if count:
-            torch.mm(rows_RX[start : start + count], weight_XY, out=result[start : start + count])
+            rows, out = rows_RX[start : start + count], result[start : start + count]
+            if add_to is None:
+                torch.mm(rows, weight_XY, out=out)
+            else:
+                out.addmm_(rows, weight_XY)
             start += count
     return result
+
+
+def _add_grouped_product_to(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, counts: Sequence[int]) -> None:
+    _add_grouped_product(gradient_buffer(weight), grad_RO, input_RI, counts)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from r1mega.kernels.attention import causal_attention
 from r1mega.model.rope import RotaryTable, rotate, softmax_scale
 from r1mega.parallel_state import ParallelState
 from r1mega.tensor_parallel.collectives import gather_tokens, reduce_scatter_tokens
-from r1mega.tensor_parallel.layers import Linear, RMSNorm
+from r1mega.tensor_parallel.layers import Linear, RMSNorm, apply_all
 
 # DeepSeek's code has this constant, whatever rms_norm_eps says of the other norms (Moonlight: 1e-5).
 LATENT_NORM_EPS = 1e-6
@@ -56,13 +56,15 @@ class LatentAttention(nn.Module):
 
     def forward(self, hidden_TH: Tensor, length: int) -> Tensor:
         """``[T / tp, H] -> [T / tp, H]``; ``length`` tokens are one sequence."""
-        latent, key_rope = self.kv_a_proj_with_mqa(hidden_TH).split([self.kv_rank, self.rope_dim], dim=-1)
+        if self.has_q_lora:
+            query, latent = apply_all((self.q_a_proj, self.kv_a_proj_with_mqa), hidden_TH)
+            query = self.q_b_proj(gather_tokens(self.q_a_layernorm(query), self.group))
+        else:
+            latent = self.kv_a_proj_with_mqa(hidden_TH)
+            query = self.q_proj(gather_tokens(hidden_TH, self.group))
+        latent, key_rope = latent.split([self.kv_rank, self.rope_dim], dim=-1)
         latent = gather_tokens(torch.cat([self.kv_a_layernorm(latent), key_rope], dim=-1), self.group)
         latent, key_rope = latent.split([self.kv_rank, self.rope_dim], dim=-1)
-        if self.has_q_lora:
-            query = self.q_b_proj(gather_tokens(self.q_a_layernorm(self.q_a_proj(hidden_TH)), self.group))
-        else:
-            query = self.q_proj(gather_tokens(hidden_TH, self.group))
         cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device)
         query = query.view(-1, length, self.heads, self.nope_dim + self.rope_dim)
         query_nope, query_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
@@ -99,8 +101,8 @@ class GroupedQueryAttention(nn.Module):
         """``[T / tp, H] -> [T / tp, H]``; ``length`` tokens are one sequence."""
         hidden_TH = gather_tokens(hidden_TH, self.group)
         query, key, value = (
-            projection(hidden_TH).unflatten(1, (-1, self.head_dim)).unflatten(0, (-1, length))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.unflatten(1, (-1, self.head_dim)).unflatten(0, (-1, length))
+            for projected in apply_all((self.q_proj, self.k_proj, self.v_proj), hidden_TH)
         )
         cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device)
         query = rotate(self.q_norm(query), cos, sin, interleaved=False)

@@ -94,7 +94,7 @@ def load_huggingface(
     """
     import torch
 
-    from r1mega.kernels.linear import local
+    from r1mega.kernels.parameter import local
     from r1mega.model.init import local_slices
     from r1mega.moe.router import Router
 

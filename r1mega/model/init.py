@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from r1mega.config import ModelConfig
-from r1mega.kernels.linear import local
+from r1mega.kernels.parameter import local
 from r1mega.moe.router import Router
 
 DATA_AXES = ("dp", "edp")

@@ -100,9 +100,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     Returns:
         The shape of ``x``, always in halves: an order that scores do not see, as keys and queries share it.
     """
-    if interleaved:
-        first, second = x[..., 0::2], x[..., 1::2]
-    else:
-        first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return _Rotate.apply(x, cos.unsqueeze(1), sin.unsqueeze(1), interleaved)
+
+
+def _halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    return first, second
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, interleaved):
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        first, second = _halves(x, interleaved)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out_first, out_second = out.chunk(2, dim=-1)
+        torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        first, second = grad.chunk(2, dim=-1)
+        out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        out_first, out_second = _halves(out, ctx.interleaved)
+        torch.mul(first, cos, out=out_first).addcmul_(second, sin)
+        torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=-1)
+        return out, None, None, None

@@ -10,7 +10,7 @@ Shapes: T local tokens, H hidden, E experts, K experts a token, S routed rows se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from r1mega.collectives import all_gather
 from r1mega.kernels.permute import RowMap, combine, map_rows, pad_rows, permute, reorder
-from r1mega.moe.collectives import all_to_all_rows, gather_rows, reduce_scatter_rows
+from r1mega.moe.collectives import Route, send_to_experts, send_to_tokens
 from r1mega.moe.router import Routing
 
 
@@ -31,21 +31,18 @@ class Dispatch:
         rows: ``[S or R, H]`` at the present step.
         weights: ``[S or R]``, the router's weight of each row.
         row_map: which rows belong to which token.
-        sent: ``[ep]`` rows that go to each rank.
-        received: ``[ep]`` rows that come from each rank.
-        gathered: ``[etp]`` rows of each rank that shares these experts.
+        sent_counts: ``[E]`` rows of this rank for each expert.
         counts: ``[local experts]`` rows of each local expert.
+        route: who sends how much to whom; None where nothing leaves the rank.
         order: the permutation from the order of arrival to expert order, and its inverse; None where they are the same.
     """
 
     rows: Tensor
     weights: Tensor
     row_map: RowMap
-    sent_per_expert: Tensor
-    sent: list[int]
-    received: list[int]
-    gathered: list[int]
-    counts: list[int]
+    sent_counts: Tensor
+    counts: list[int] = field(default_factory=list)
+    route: Route | None = None
     order: tuple[Tensor, Tensor] | None = None
 
 
@@ -88,29 +85,28 @@ class AllToAllDispatcher:
         weights = routing.weights_TK.flatten().index_select(0, slot_of_row)
         if padded_capacity is not None:
             weights, counts, row_map = pad_rows(weights, counts, row_map, padded_capacity)
-        return Dispatch(permute(hidden_TH, row_map), weights, row_map, counts, [], [], [], [])
+        return Dispatch(permute(hidden_TH, row_map), weights, row_map, counts)
 
     def dispatch_communicate(self, d: Dispatch) -> Dispatch:
-        """Exchange counts, rows and weights. The split sizes are read on the host here."""
+        """Exchange counts, then rows and weights. The counts are read on the host here."""
         if self.ep.size() == 1 and self.etp.size() == 1:
-            d.counts = d.sent_per_expert.tolist()
+            d.counts = d.sent_counts.tolist()
             return d
-        counts = d.sent_per_expert.view(self.ep.size(), self.local_experts)
-        received = _exchange_counts(counts, self.ep)
-        shared = _all_gather_counts(received, self.etp)
-        d.sent = counts.sum(1).tolist()
-        d.received = received.sum(1).tolist()
-        d.gathered = shared.sum((1, 2)).tolist()
-        d.counts = shared.sum((0, 1)).tolist()
-        d.rows = gather_rows(all_to_all_rows(d.rows, d.received, d.sent, self.ep), d.gathered, self.etp)
-        d.weights = gather_rows(all_to_all_rows(d.weights, d.received, d.sent, self.ep), d.gathered, self.etp)
-        d.order = _expert_order(shared.flatten(0, 1), d.rows.device)
+        sent = d.sent_counts.view(self.ep.size(), self.local_experts)
+        received = _exchange_counts(sent, self.ep)
+        gathered = _gather_counts(received, self.etp)
+        totals = sent.sum(1).tolist(), received.sum(1).tolist(), gathered.sum((1, 2)).tolist()
+        d.counts = gathered.sum((0, 1)).tolist()
+        d.route = Route(self.ep, self.etp, *totals)
+        d.rows, d.weights = send_to_experts(d.rows, d.weights, d.route)
+        d.order = _expert_order(gathered.flatten(0, 1), d.rows.device)
         return d
 
     def dispatch_finish(self, d: Dispatch) -> Dispatch:
         """Bring the rows of each local expert together."""
         if d.order is not None:
             d.rows, d.weights = reorder(d.rows, *d.order), reorder(d.weights, *d.order)
+        d.rows = d.rows.contiguous()
         return d
 
     def combine_prepare(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
@@ -119,8 +115,7 @@ class AllToAllDispatcher:
 
     def combine_communicate(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
         """Sum the parts of each expert and send the rows back to their tokens' rank."""
-        rows = reduce_scatter_rows(rows_RH, d.gathered, self.etp)
-        return all_to_all_rows(rows, d.sent, d.received, self.ep)
+        return rows_RH if d.route is None else send_to_tokens(rows_RH, d.route)
 
     def combine_finish(self, rows_SH: Tensor, d: Dispatch) -> Tensor:
         """Sum the rows of each token (the experts applied the weights): ``[S, H] -> [T, H]``."""
@@ -136,7 +131,7 @@ def _exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
     return received
 
 
-def _all_gather_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
+def _gather_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
     """``[etp, ep, local experts]``: what each rank that shares these experts received."""
     if group.size() == 1:
         return counts.unsqueeze(0)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
 from r1mega.config import MoEConfig
-from r1mega.kernels.linear import WeightGradients, grouped_linear
+from r1mega.kernels.linear import grouped_linear, grouped_linears
+from r1mega.kernels.parameter import WeightGradients
 from r1mega.kernels.swiglu import swiglu
 from r1mega.parallel_state import ParallelState
 from r1mega.tensor_parallel.layers import cut_parameter
@@ -48,6 +49,5 @@ class Experts(nn.Module):
             ``[R, H]``.
         """
         store = self.weight_gradients
-        gate_RF = grouped_linear(rows_RH, self.gate_proj, counts, store)
-        up_RF = grouped_linear(rows_RH, self.up_proj, counts, store)
+        gate_RF, up_RF = grouped_linears(rows_RH, (self.gate_proj, self.up_proj), counts, store)
         return grouped_linear(swiglu(gate_RF, up_RF, weights_R), self.down_proj, counts, store)

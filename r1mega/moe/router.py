@@ -16,6 +16,8 @@ from torch.distributed import ProcessGroup
 
 from r1mega.collectives import all_gather
 from r1mega.config import MoEConfig
+from r1mega.kernels.linear import linear
+from r1mega.kernels.parameter import WeightGradients
 from r1mega.parallel_state import ParallelState
 
 
@@ -94,6 +96,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.weight_gradients: WeightGradients | None = None
         self.group: ProcessGroup = state.group("tp")
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype, device=device))
         self.e_score_correction_bias: Tensor | None
@@ -113,7 +116,10 @@ class Router(nn.Module):
         """
         config = self.config
         wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-        logits = hidden_TH.to(wide) @ self.weight.to(wide).t()
+        if self.weight.dtype == wide:
+            logits = linear(hidden_TH, self.weight, self.weight_gradients)
+        else:
+            logits = linear(hidden_TH.to(wide), self.weight.to(wide))
         scores = logits.sigmoid() if config.score_function == "sigmoid" else logits.softmax(dim=-1)
         first = self.group.rank() * hidden_TH.shape[0]
         position = torch.arange(first, first + hidden_TH.shape[0], device=hidden_TH.device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from r1mega.kernels.swiglu import swiglu
 from r1mega.parallel_state import ParallelState
 from r1mega.tensor_parallel.collectives import gather_tokens, reduce_scatter_tokens
-from r1mega.tensor_parallel.layers import Linear
+from r1mega.tensor_parallel.layers import Linear, apply_all
 
 
 class FeedForward(nn.Module):
@@ -23,5 +23,5 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         hidden_TH = gather_tokens(hidden_TH, self.group)
-        hidden_TF = swiglu(self.gate_proj(hidden_TH), self.up_proj(hidden_TH))
-        return reduce_scatter_tokens(self.down_proj(hidden_TF), self.group)
+        gate_TF, up_TF = apply_all((self.gate_proj, self.up_proj), hidden_TH)
+        return reduce_scatter_tokens(self.down_proj(swiglu(gate_TF, up_TF)), self.group)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from r1mega.kernels.linear import WeightGradients, gradient_buffer, like_parameter, linear, local
+from r1mega.kernels.linear import linear, linears
+from r1mega.kernels.parameter import WeightGradients, gradient_buffer, like_parameter, local
 from r1mega.kernels.rms_norm import rms_norm
 from r1mega.parallel_state import ParallelState
 
@@ -79,10 +80,18 @@ class Linear(nn.Module):
 
     def forward(self, input_TI: Tensor) -> Tensor:
         """``[T, in] -> [T, out]``, local widths."""
-        output = linear(input_TI, self.weight, self.weight_gradients)
-        if self.bias is not None:
-            output = output + (self.bias.to_local() if isinstance(self.bias, DTensor) else self.bias)
-        return output
+        return self.add_bias(linear(input_TI, self.weight, self.weight_gradients))
+
+    def add_bias(self, output_TO: Tensor) -> Tensor:
+        if self.bias is None:
+            return output_TO
+        return output_TO + (self.bias.to_local() if isinstance(self.bias, DTensor) else self.bias)
+
+
+def apply_all(layers: Sequence[Linear], input_TI: Tensor) -> list[Tensor]:
+    """Several layers on the same input: as one by one, but its gradient is summed inside the matrix products."""
+    outputs = linears(input_TI, [layer.weight for layer in layers], layers[0].weight_gradients)
+    return [layer.add_bias(output) for layer, output in zip(layers, outputs, strict=True)]
 
 
 class Embedding(nn.Module):
@@ -139,7 +148,8 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
+        self.weight_gradients: WeightGradients | None = None
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
 
     def forward(self, input_TH: Tensor) -> Tensor:
-        return rms_norm(input_TH, self.weight, self.eps)
+        return rms_norm(input_TH, self.weight, self.eps, self.weight_gradients)

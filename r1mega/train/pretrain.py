@@ -20,7 +20,7 @@ from r1mega.train.checkpoint import CheckpointError
 from r1mega.train.metrics import METRICS_FILE, MetricsWriter, plot_expert_load, plot_loss, read_metrics
 from r1mega.train.process_group import Peers, start_process_group
 from r1mega.train.progress import ProgressPrinter
-from r1mega.train.run_folder import LOAD_PICTURE, LOSS_PICTURE, prepare_folder
+from r1mega.train.run_folder import LOAD_PICTURE, LOSS_PICTURE, lock_folder, prepare_folder
 from r1mega.train.sampling import sample_text
 from r1mega.train.summary import summary
 from r1mega.train.trainer import Trainer, TrainingError
@@ -33,7 +33,14 @@ def pretrain(config: Config) -> int:
         ConfigError: a setting or a file does not fit. Nearly all are found before a process group is made.
     """
     config = check_settings(config)
-    checkpoint = prepare_folder(config) if is_first_rank() else None
+    if not is_first_rank():
+        return _train(config, None)
+    with lock_folder(config):
+        return _train(config, prepare_folder(config))
+
+
+def _train(config: Config, checkpoint: Path | None) -> int:
+    """Start the process group and run; ``checkpoint`` is rank 0's finding, for all."""
     device = start_process_group()
     peers = Peers()
     try:

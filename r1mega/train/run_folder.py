@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -15,6 +20,40 @@ from r1mega.train.metrics import METRICS_FILE
 CHECKPOINT_FOLDER = "checkpoints"
 LOSS_PICTURE = "loss.png"
 LOAD_PICTURE = "expert_load.png"
+
+
+@contextmanager
+def lock_folder(config: Config) -> Iterator[None]:
+    """Keep other runs out of ``train.output_dir``, which is made if it is not there, until the block ends.
+
+    The kernel drops the lock with its process, so a run that was killed keeps nobody out.
+
+    Raises:
+        ConfigError: another run is at work there, or the folder cannot be made.
+    """
+    folder = Path(config.train.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Network file systems that know no such locks answer otherwise, and go without.
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(descriptor)
+            raise ConfigError(
+                f"train.output_dir={folder}: another run is at work there; end it first, or name another folder"
+            ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"train.output_dir={folder}: cannot be written: {error.strerror}")
 
 
 def prepare_folder(config: Config) -> Path | None:
@@ -44,12 +83,12 @@ def prepare_folder(config: Config) -> Path | None:
         remove_stale(folder / CHECKPOINT_FOLDER)
         write_whole(folder / CONFIG_FILE, dump_config(config))
     except OSError as error:
-        raise ConfigError(f"train.output_dir={folder}: cannot be written: {error.strerror}") from error
+        raise _cannot_be_written(folder, error) from error
     return checkpoint
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CONFIG_FILE, CHECKPOINT_FOLDER, METRICS_FILE))
+    return any(os.path.lexists(folder / name) for name in (CONFIG_FILE, CHECKPOINT_FOLDER, METRICS_FILE))
 
 
 def _check_settings(path: Path, config: Config) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
 
 
 def shard(stage: nn.Module, state: ParallelState, dtype: torch.dtype) -> None:
-    """Cut the parameters of ``stage`` over the data-parallel ranks, in place.
+    """Cut the parameters of ``stage`` over the data-parallel ranks, in place; afterwards every one is a ``DTensor``.
 
     Every entry of an ``nn.ModuleDict`` or ``nn.ModuleList`` (a decoder layer) is gathered as one unit, the experts of
     a layer as another because their data-parallel group differs, and the rest of the stage as the last. A stage may
     be on the meta device: then call ``to_empty`` afterwards and initialise.
+
+    Where there is one data-parallel rank and no cast, there is nothing to gather or to reduce, and FSDP would copy
+    every parameter and gradient once a step: such parameters stay as they are.
 
     Args:
         stage: dense parameters are plain tensors or DTensors on ``state.mesh["tp"]``; those of experts are DTensors on
@@ -34,17 +38,26 @@ def shard(stage: nn.Module, state: ParallelState, dtype: torch.dtype) -> None:
         dtype: of the computation. With bfloat16 the shards stay float32 (the master weights), are cast when they
             are gathered, and gradients are summed in float32.
     """
+    casts = dtype == torch.bfloat16
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    policy = mixed if dtype == torch.bfloat16 else MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = mixed if casts else MixedPrecisionPolicy(cast_forward_inputs=False)
     dense, experts = state.mesh["dp"], state.expert_mesh["edp"]
+    cut_experts, cut_dense = casts or experts.size() > 1, casts or max(dense.size(), experts.size()) > 1
+    left_out = set() if cut_experts else {p for m in stage.modules() if _owns_experts(m) for p in m.parameters()}
+    if not cut_dense:
+        _make_dtensors(stage, dense)
+        return
     for module in _units(stage):
         is_experts = _owns_experts(module)
+        if is_experts and not cut_experts:
+            continue
         unit = fully_shard(
             module,
             mesh=experts if is_experts else dense,
             reshard_after_forward=False,
             mp_policy=policy,
             shard_placement_fn=_expert_placement(experts.size()) if is_experts else None,
+            ignored_params=left_out,
         )
         unit.set_gradient_divide_factor(1.0)
         # Without this FSDP multiplies inside the reduction (PREMUL_SUM), which gloo does not know.
@@ -83,6 +96,14 @@ def reduce_gradients(stage: nn.Module) -> None:
     Afterwards ``grad`` of every shard is the sum's shard; zeros where a parameter got no gradient. The next forward
     gathers the parameters anew.
     """
+    is_cut = isinstance(stage, FSDPModule)
+    for module in stage.modules():
+        if not is_cut or (_owns_experts(module) and not isinstance(module, FSDPModule)):
+            for parameter in module.parameters(recurse=False):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+    if not is_cut:
+        return
     assert isinstance(stage, FSDPModule)
     groups = list(_parameter_groups(stage))
     for group in groups:
@@ -95,6 +116,19 @@ def reduce_gradients(stage: nn.Module) -> None:
     stage.set_is_last_backward(False)
     for group in groups:
         group.reduce_grads = group.reshard_after_backward = False
+
+
+def _make_dtensors(stage: nn.Module, mesh: DeviceMesh) -> None:
+    """Give plain parameters the form that FSDP would give them on a mesh of one rank."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in stage.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not isinstance(parameter, DTensor):
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(
+                        DTensor.from_local(parameter.data, mesh, [Shard(0)], run_check=False)
+                    )
+                setattr(module, name, made[parameter])
 
 
 def _units(stage: nn.Module) -> Iterator[nn.Module]:

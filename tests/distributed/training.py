@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from r1mega.config import AttentionConfig, ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig
 from r1mega.data.batch import Batch
-from r1mega.kernels.linear import local
+from r1mega.kernels.parameter import local
 from r1mega.model.blocks import place_blocks
 from r1mega.model.init import initialize, local_slices
 from r1mega.model.stage import build_stage

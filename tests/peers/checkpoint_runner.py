@@ -11,7 +11,7 @@ from torch import Tensor
 
 from r1mega.config import ParallelConfig
 from r1mega.data.batch import Batch
-from r1mega.kernels.linear import local
+from r1mega.kernels.parameter import local
 from r1mega.model.blocks import place_blocks
 from r1mega.model.huggingface import load_huggingface, model_config_from, named_tensors
 from r1mega.model.huggingface_files import TensorReader

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import MtpModel
 
 from r1mega.config import ModelConfig
-from r1mega.kernels.linear import local
+from r1mega.kernels.parameter import local
 from r1mega.model.blocks import list_blocks
 from r1mega.model.huggingface import load_huggingface, model_config_from
 from r1mega.model.stage import Stage, build_stage

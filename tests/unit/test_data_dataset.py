@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy
 import pytest
 import torch
 
 from r1mega.config import Config, ConfigError, DataConfig, ModelConfig
+from r1mega.data import files
 from r1mega.data.check import check_data
 from r1mega.data.dataset import TokenDataset, build_dataset
 from r1mega.data.files import cached_arrays, whole_folder
@@ -311,3 +314,35 @@ def test_of_many_processes_one_builds_and_all_read(tmp_path: Path) -> None:
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
     assert (tmp_path / "builds").read_text() == "x"
+
+
+def test_folder_that_another_process_finishes_just_before_the_lock_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, flock = tmp_path / "folder", fcntl.flock
+
+    def finish_then_lock(lock: IO[bytes], operation: int) -> None:
+        target.mkdir()
+        (target / "theirs").write_text("whole")
+        flock(lock, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", finish_then_lock)
+    with whole_folder(target) as partial:
+        assert partial is None
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (target / "theirs").read_text() == "whole"
+
+
+def test_folder_stays_locked_until_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, locks = os.rename, []
+
+    def look_then_rename(source: Path, to: Path) -> None:
+        locks.append((source / ".lock").exists())
+        rename(source, to)
+
+    monkeypatch.setattr(files.os, "rename", look_then_rename)
+    with whole_folder(tmp_path / "folder") as partial:
+        assert partial is not None
+        (partial / "ours").write_text("whole")
+    assert locks == [True]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["ours"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from r1mega.kernels.attention import causal_attention
-from r1mega.kernels.linear import grouped_linear, linear
+from r1mega.kernels.linear import grouped_linear, grouped_linears, linear, linears
 from r1mega.kernels.permute import combine, map_rows, pad_rows, permute
 from r1mega.kernels.rms_norm import rms_norm
 from r1mega.kernels.swiglu import swiglu
@@ -31,6 +31,16 @@ def test_grouped_linear_is_a_product_an_expert_with_empty_experts_allowed():
     expected = torch.cat([F.linear(rows, w[e]) for e, rows in enumerate(x.split(counts))])
     torch.testing.assert_close(grouped_linear(x, w, counts), expected)
     assert gradcheck(lambda x, w: grouped_linear(x, w, counts), (x, w))
+
+
+def test_several_products_of_one_input_equal_them_one_by_one():
+    x, weights, experts, counts = random(6, 3), (random(4, 3), random(2, 3)), (random(2, 4, 3), random(2, 5, 3)), [2, 4]
+    for actual, weight in zip(linears(x, weights), weights, strict=True):
+        torch.testing.assert_close(actual, F.linear(x, weight))
+    for actual, weight in zip(grouped_linears(x, experts, counts), experts, strict=True):
+        torch.testing.assert_close(actual, grouped_linear(x, weight, counts))
+    assert gradcheck(lambda x, *weights: linears(x, weights), (x, *weights))
+    assert gradcheck(lambda x, *experts: grouped_linears(x, experts, counts), (x, *experts))
 
 
 @pytest.mark.parametrize("deferred", [False, True])

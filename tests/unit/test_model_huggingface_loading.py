@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r1mega.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
-from r1mega.kernels.linear import local
+from r1mega.kernels.parameter import local
 from r1mega.model.blocks import list_blocks
 from r1mega.model.export import huggingface_tensors
 from r1mega.model.huggingface import load_huggingface, model_config_from, named_tensors, resolve_model_config

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from r1mega.config import Config
-from r1mega.kernels.linear import local
+from r1mega.kernels.parameter import local
 from r1mega.model.blocks import place_blocks
 from r1mega.model.init import local_slices
 from r1mega.model.stage import Stage, build_stage

@@ -133,7 +133,7 @@ class _GroupedLinears(torch.autograd.Function):
 def _grouped_matmul(
     rows_RX: Tensor, weights_EXY: Tensor, counts: Sequence[int], add_to: Tensor | None = None
 ) -> Tensor:
-    """``rows @ weights[e]`` for each group of rows, added to ``add_to``. One launch on a GPU, one an expert on a CPU."""
+    """``rows @ weights[e]`` for each group of rows (plus ``add_to``). One launch on a GPU, one an expert on a CPU."""
     if rows_RX.is_cuda:
         result = torch.nn.functional.grouped_mm(rows_RX, weights_EXY, offs=_offsets(counts, rows_RX.device))
         return result if add_to is None else add_to.add_(result)

@@ -35,7 +35,7 @@ $(INSTALLED): $(REQUIREMENTS)
 
 $(BUILT): $(INSTALLED) setup.py r1mega/__init__.py $(NATIVE)
 	@echo "setup 4/4: r1mega"
-	@$(PIP) --no-build-isolation --no-deps --editable .
+	@$(PIP) --no-build-isolation --no-deps --config-settings editable_mode=compat --editable .
 	@touch $@
 
 # One thread a process: the suite runs many processes at a time.

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from r1mega.cli import main, report
 from r1mega.config import Config, ConfigError, ParallelConfig
+from r1mega.data.check import check_data
 from r1mega.settings import parse_config
 
 USUAL_PROCESSES = 4
@@ -79,6 +80,11 @@ def launch(arguments: list[str]) -> int:
     processes = number_of_processes(config.parallel)
     config.validate(processes)
     prepare_data(config)
+    check_data(config)
+    if Path(config.train.output_dir).exists():
+        from r1mega.train.run_folder import check_folder  # imports torch, so only where there may be something to find
+
+        check_folder(config)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     sys.stdout.flush()

@@ -26,6 +26,7 @@ from r1mega.settings import (
 
 AXES = tuple(dict.fromkeys(DENSE_AXES + EXPERT_AXES))
 SECONDS_FOR_FIRST_RANK = 10.0
+STATUS_STOPPED = 130  # as a shell reports a process that Ctrl-C ended
 MOST_RANKS_SHOWN = 8  # a longer group is abbreviated for people; --json is whole
 
 
@@ -41,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone; what Python flushes at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        if is_first_rank():
+            print("\nr1mega: stopped", file=sys.stderr, flush=True)
+        # Threads that wait for other ranks, which stop as well, would keep an ordinary exit waiting.
+        os._exit(STATUS_STOPPED)
 
 
 def report(error: ConfigError) -> None:
@@ -172,7 +178,7 @@ def group_as_text(name: str, groups: list[list[int]]) -> str:
 
 
 MODEL_HELP = """\
-Print the parameters of a model: how many, of which shape, how many a token uses. Nothing is allocated, so the largest
+Print the parameters of a model: how many, and how many a token uses. Nothing is allocated, so the largest
 model fits on a laptop.
 
 examples:

@@ -97,6 +97,7 @@ class Layout:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where ``rank`` stands on each axis: ``{"tp": 0, "cp": 0, "dp": 1, "pp": 0, "etp": 0, "ep": 1, "edp": 0}``."""
+        require(0 <= rank < self.world_size, "rank", rank, f"must be between 0 and {self.world_size - 1}")
         found = {}
         for axes in (DENSE_AXES, EXPERT_AXES):
             rest = rank

@@ -89,8 +89,9 @@ def _summarise(prepared: Prepared, seconds: float) -> None:
         _report(f"{prepared.folder} is there already, made with the same arguments: nothing to do")
     tokens = f"{prepared.train_tokens:,} tokens to train on, {prepared.valid_tokens:,} to validate"
     _report(f"{tokens}; vocabulary {prepared.vocab_size}")
-    valid = f"[{prepared.valid}]" if prepared.valid else "[]"
-    print(f"data:\n  train: [{prepared.train}]\n  valid: {valid}\n  tokenizer: {prepared.tokenizer}")
+    train, tokenizer = Path(prepared.train).absolute(), Path(prepared.tokenizer).absolute()
+    valid = f"[{Path(prepared.valid).absolute()}]" if prepared.valid else "[]"
+    print(f"data:\n  train: [{train}]\n  valid: {valid}\n  tokenizer: {tokenizer}")
     print(f"  checksum: {prepared.checksum}")
 
 

@@ -183,6 +183,7 @@ class _FileWriter:
             save_file(self._waiting, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{path.name}: {error}") from error
+        os.chmod(path, 0o666 & ~_umask())  # as any other file; safetensors keeps its own to the owner
         self._files.append(list(self._waiting))
         if len(self._files) > 1 or self._waiting_bytes > LARGEST_FILE // 2:
             print(f"export: {self._total_bytes / 1e9:,.1f} GB written", flush=True)
@@ -206,6 +207,12 @@ class _FileWriter:
         contents = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(self.folder / INDEX_FILE, contents)
         return count
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

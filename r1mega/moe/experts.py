@@ -26,7 +26,12 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, config: MoEConfig, state: ParallelState, dtype: torch.dtype, device: str
+        self,
+        hidden_size: int,
+        config: MoEConfig,
+        state: ParallelState,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         self.weight_gradients: WeightGradients | None = None

@@ -19,6 +19,7 @@ from r1mega.config import MoEConfig
 from r1mega.kernels.linear import linear
 from r1mega.kernels.parameter import WeightGradients
 from r1mega.parallel_state import ParallelState
+from r1mega.tensor_parallel.layers import INITIAL_STD
 
 
 @dataclass
@@ -92,18 +93,25 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, config: MoEConfig, state: ParallelState, dtype: torch.dtype, device: str
+        self,
+        hidden_size: int,
+        config: MoEConfig,
+        state: ParallelState,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         self.config = config
         self.weight_gradients: WeightGradients | None = None
         self.group: ProcessGroup = state.group("tp")
-        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size, dtype=dtype, device=device))
+        self.weight = nn.Parameter(
+            INITIAL_STD * torch.randn(config.num_experts, hidden_size, dtype=dtype, device=device)
+        )
         self.e_score_correction_bias: Tensor | None
         self.tokens_per_expert: Tensor
-        bias = torch.empty(config.num_experts, dtype=torch.float32, device=device) if config.score_bias else None
+        bias = torch.zeros(config.num_experts, dtype=torch.float32, device=device) if config.score_bias else None
         self.register_buffer("e_score_correction_bias", bias)
-        counts = torch.empty(config.num_experts, dtype=torch.int64, device=device)
+        counts = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
         self.register_buffer("tokens_per_expert", counts, persistent=False)
 
     def forward(self, hidden_TH: Tensor, length: int, num_sequences: int) -> Routing:

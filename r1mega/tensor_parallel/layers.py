@@ -20,6 +20,9 @@ from r1mega.kernels.rms_norm import rms_norm
 from r1mega.parallel_state import ParallelState
 
 
+INITIAL_STD = 0.02
+
+
 def cut_parameter(
     shape: tuple[int, ...],
     mesh: DeviceMesh,
@@ -27,13 +30,16 @@ def cut_parameter(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> nn.Parameter:
-    """An uninitialised parameter of global ``shape``, cut over ``mesh``; every cut must be even."""
+    """A parameter of global ``shape``, cut over ``mesh``, every cut even; normal with standard deviation 0.02.
+
+    Training overwrites it (``r1mega.model.init``), so that the layout does not show in the initial weights.
+    """
     local_shape = list(shape)
     for placement, size in zip(placements, mesh.shape, strict=True):
         if isinstance(placement, Shard):
             assert local_shape[placement.dim] % size == 0, f"{shape} does not divide over {size} ranks"
             local_shape[placement.dim] //= size
-    shard = torch.empty(local_shape, dtype=dtype, device=device)
+    shard = INITIAL_STD * torch.randn(local_shape, dtype=dtype, device=device)
     stride = torch.empty(shape, device="meta").stride()
     return nn.Parameter(
         DTensor.from_local(shard, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
@@ -68,15 +74,16 @@ class Linear(nn.Module):
         self.weight_gradients: WeightGradients | None = None
         shape = (out_features, in_features)
         if cut is None:
-            self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            self.weight = nn.Parameter(INITIAL_STD * torch.randn(shape, dtype=dtype, device=device))
         else:
             placement = Shard(0 if cut == "column" else 1)
             self.weight = cut_parameter(shape, state.mesh["tp"], [placement], dtype, device)
         self.bias: nn.Parameter | None = None
         if bias and cut == "column":
             self.bias = cut_parameter((out_features,), state.mesh["tp"], [Shard(0)], dtype, device)
+            nn.init.zeros_(local(self.bias))
         elif bias:
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
 
     def forward(self, input_TI: Tensor) -> Tensor:
         """``[T, in] -> [T, out]``, local widths."""
@@ -149,7 +156,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight_gradients: WeightGradients | None = None
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
+        self.weight = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
 
     def forward(self, input_TH: Tensor) -> Tensor:
         return rms_norm(input_TH, self.weight, self.eps, self.weight_gradients)

@@ -77,7 +77,10 @@ def check(path: Path, config: Config) -> Progress:
         if size is None or size < needed:
             found = "is missing" if size is None else f"has {size} bytes of at least {needed}"
             raise ConfigError(f"checkpoint {path} is cut short: {name} {found}; remove it to go on from an older one")
-    return read_progress(path)
+    progress, num_steps = read_progress(path), config.train.num_steps
+    if progress.step > num_steps:
+        raise ConfigError(f"train.num_steps={num_steps}: must be at least {progress.step}, the step of {path}")
+    return progress
 
 
 def read_settings(path: Path) -> dict:
@@ -91,7 +94,10 @@ def read_settings(path: Path) -> dict:
 
 def read_progress(path: Path) -> Progress:
     """How far the run was. Raises :class:`ConfigError`."""
-    return _read_small(path, PROGRESS_FILE, lambda text: Progress(**json.loads(text)))
+    progress = _read_small(path, PROGRESS_FILE, lambda text: Progress(**json.loads(text)))
+    if not all(isinstance(number, int) for number in (progress.step, progress.tokens)):
+        raise ConfigError(f"checkpoint {path} is cut short: {PROGRESS_FILE} cannot be read")
+    return progress
 
 
 # Settings of which a run cannot have two: they decide the shapes, the loss, or which samples a step sees.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -45,7 +48,8 @@ def _train(config: Config, checkpoint: Path | None) -> int:
     peers = Peers()
     try:
         state = ParallelState(Layout.from_config(config.parallel, dist.get_world_size()), device)
-        run(config, state, _from_first_rank(checkpoint))
+        with _quiet_threads():
+            run(config, state, _from_first_rank(checkpoint))
         status = 0
     except (CheckpointError, TrainingError) as error:
         status = 1
@@ -53,8 +57,9 @@ def _train(config: Config, checkpoint: Path | None) -> int:
             print(f"r1mega: error: {error}", file=sys.stderr, flush=True)
         # torchrun kills the job when the first process ends, which must not be before rank 0 has spoken.
         dist.barrier()
-    except RuntimeError as error:
-        cause = peers.explain(error)
+    except (OSError, RuntimeError) as error:
+        # A file that cannot be written is this rank's alone: the others see it as a peer that was lost.
+        cause = _file_error(error) if isinstance(error, OSError) else peers.explain(error)
         if cause is None:
             raise
         print(f"r1mega: error: rank {dist.get_rank()} stops: {cause}", file=sys.stderr, flush=True)
@@ -62,6 +67,26 @@ def _train(config: Config, checkpoint: Path | None) -> int:
         os._exit(1)
     dist.destroy_process_group()
     return status
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """No traceback of a background thread that cannot write its file: TensorBoard's raises again where it is used."""
+    usual = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not issubclass(failure.exc_type, OSError):
+            usual(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
+
+
+def _file_error(error: OSError) -> str:
+    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 
 
 def check_settings(config: Config) -> Config:

@@ -15,7 +15,7 @@ from r1mega.config import Config, ConfigError
 from r1mega.settings import dump_config
 from r1mega.train.checkpoint_files import CONFIG_FILE, check, first_difference, newest_checkpoint, remove_stale
 from r1mega.train.files import write_whole
-from r1mega.train.metrics import METRICS_FILE
+from r1mega.train.metrics import METRICS_FILE, read_metrics
 
 CHECKPOINT_FOLDER = "checkpoints"
 LOSS_PICTURE = "loss.png"
@@ -65,19 +65,8 @@ def prepare_folder(config: Config) -> Path | None:
     Raises:
         ConfigError: the folder holds another run, cannot be written, or its checkpoint does not fit.
     """
+    checkpoint = check_folder(config)
     folder = Path(config.train.output_dir)
-    checkpoint = None
-    if _holds_run(folder):
-        if not config.train.resume:
-            raise ConfigError(
-                f"train.output_dir={folder}: holds another run; name another folder, "
-                "or add --train.resume true to go on with it"
-            )
-        checkpoint = newest_checkpoint(folder / CHECKPOINT_FOLDER)
-        if checkpoint is not None:
-            check(checkpoint, config)
-        else:
-            _check_settings(folder / CONFIG_FILE, config)
     try:
         (folder / CHECKPOINT_FOLDER).mkdir(parents=True, exist_ok=True)
         remove_stale(folder / CHECKPOINT_FOLDER)
@@ -87,8 +76,37 @@ def prepare_folder(config: Config) -> Path | None:
     return checkpoint
 
 
+def check_folder(config: Config) -> Path | None:
+    """What :func:`prepare_folder` returns and raises, without a change to the folder."""
+    folder = Path(config.train.output_dir)
+    checkpoint = None
+    if _holds_run(folder):
+        if not config.train.resume:
+            raise ConfigError(
+                f"train.output_dir={folder}: holds another run; name another folder, "
+                "or add --train.resume true to go on with it"
+            )
+        _check_metrics(folder)
+        checkpoint = newest_checkpoint(folder / CHECKPOINT_FOLDER)
+        if checkpoint is not None:
+            check(checkpoint, config)
+        else:
+            _check_settings(folder / CONFIG_FILE, config)
+    return checkpoint
+
+
 def _holds_run(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in (CONFIG_FILE, CHECKPOINT_FOLDER, METRICS_FILE))
+
+
+def _check_metrics(folder: Path) -> None:
+    """The lines of a run that goes on are kept, so they must be its own."""
+    try:
+        readable = all(isinstance(line["step"], int) for line in read_metrics(folder / METRICS_FILE))
+    except (OSError, ValueError, TypeError, KeyError):
+        readable = False
+    if not readable:
+        raise ConfigError(f"train.output_dir={folder}: {METRICS_FILE} cannot be read; move it away to go on")
 
 
 def _check_settings(path: Path, config: Config) -> None:

@@ -93,6 +93,14 @@ def test_a_capacity_nobody_reaches_changes_nothing(state):
     torch.testing.assert_close(outputs[0], outputs[2])
 
 
+def test_a_layer_used_alone_starts_with_sensible_weights(state):
+    layer = MoELayer(64, MoEConfig(num_experts=8, top_k=2, ffn_hidden_size=32, num_shared_experts=1), state)
+    for name, parameter in layer.named_parameters():
+        assert 0.01 < parameter.detach().std().item() < 0.03, name
+    assert layer(torch.randn(10, 64), 10, 1)[0].isfinite().all()
+    assert layer.gate.tokens_per_expert.sum() == 20
+
+
 def test_forced_balance_gives_every_expert_the_same_load(state):
     config = MoEConfig(num_experts=8, top_k=2, ffn_hidden_size=8, force_balance=True)
     router = filled(Router(4, config, state, torch.float32, "cpu"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from r1mega.config import ConfigError
 from r1mega.data.corpus import SUFFIXES, DefaultCorpus, FileCorpus

@@ -104,6 +104,8 @@ def _fill(
     if tokenizer is None:
         report("reading the corpus")
         texts = _sample(corpus)
+        if not any(text.strip() for text in texts):
+            raise ConfigError("input: holds no text")
         size = sum(map(len, texts)) / 1e6
         report(f"training a tokenizer of {vocab_size} tokens on {size:.1f} MB (up to half a minute)")
         train_tokenizer(texts, vocab_size, folder / "tokenizer.model")

@@ -76,15 +76,15 @@ def _read_header(folder: Path, file: str) -> dict[str, Entry]:
             if length > min(size - 8, _LONGEST_HEADER):
                 raise ConfigError(f"model.checkpoint={folder}: {file} is cut short or not a safetensors file")
             header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        entries = {name: Entry(file, values["dtype"], tuple(values["shape"])) for name, values in header.items()}
+        end = 8 + length + max((values["data_offsets"][1] for values in header.values()), default=0)
     except OSError as error:
         raise ConfigError(f"model.checkpoint={folder}: {file}: {error.strerror}") from error
-    except (struct.error, ValueError) as error:
+    except (struct.error, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"model.checkpoint={folder}: {file} is cut short or not a safetensors file") from error
-    header.pop("__metadata__", None)
-    entries = {name: Entry(file, values["dtype"], tuple(values["shape"])) for name, values in header.items()}
-    end = 8 + length + max((values["data_offsets"][1] for values in header.values()), default=0)
     if size != end:
         raise ConfigError(f"model.checkpoint={folder}: {file} is cut short: it has {size} bytes of {end}")
     for name, entry in entries.items():

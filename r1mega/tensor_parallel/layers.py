@@ -19,7 +19,6 @@ from r1mega.kernels.parameter import WeightGradients, gradient_buffer, like_para
 from r1mega.kernels.rms_norm import rms_norm
 from r1mega.parallel_state import ParallelState
 
-
 INITIAL_STD = 0.02
 
 

@@ -17,7 +17,10 @@ import pytest
 
 from r1mega.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
 from r1mega.data.check import check_data
+from r1mega.data.corpus import FileCorpus
 from r1mega.data.index import read_index
+from r1mega.data.prepare import prepare
+from r1mega.model.huggingface_files import read_entries
 from r1mega.settings import dump_config, parse_config
 from r1mega.train.checkpoint_files import read_progress
 from r1mega.train.pretrain import _file_error
@@ -168,6 +171,20 @@ def test_progress_of_a_wrong_type_is_one_line(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_named() -> None:
     assert _file_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == "No space left on device"
     assert _file_error(OSError(errno.EACCES, "Permission denied", "a.png")) == "Permission denied: a.png"
+
+
+@pytest.mark.parametrize("header", [b"[]", b"3", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": 1}}'])
+def test_a_safetensors_header_of_odd_json_is_one_line(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert one_line(lambda: read_entries(tmp_path)).endswith("is cut short or not a safetensors file")
+
+
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_a_corpus_without_text_is_one_line_and_leaves_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "empty.txt").write_text(text)
+    corpus = FileCorpus([str(tmp_path / "empty.txt")])
+    assert one_line(lambda: prepare(corpus, tmp_path / "out", report=lambda line: None)) == "input: holds no text"
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
 
 
 STOPPED = """

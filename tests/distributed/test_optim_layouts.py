@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from r1mega.config import OptimizerConfig
-from r1mega.kernels.linear import local
+from r1mega.kernels.parameter import local
 from r1mega.optim.adamw import AdamW
 from r1mega.optim.gradients import Gradients
 from r1mega.parallel_state import Layout

@@ -122,6 +122,17 @@ def test_twenty_float32_steps_have_the_same_loss_curve(pool, name):
     assert curve == pytest.approx(reference_curve(pool), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["tp2", "pp2_ep2"])
+def test_bfloat16_with_float32_master_weights_follows_the_float32_curve(pool, name):
+    world_size, parallel = LAYOUTS[name]
+    report = pool.run(train, world_size, Job(parallel=parallel, num_steps=20, dtype=torch.bfloat16))[0]
+    curve = [losses["loss"] for losses in report.losses]
+    assert curve == pytest.approx(reference_curve(pool), rel=0.02)
+    assert curve[-1] < 0.95 * curve[0]
+    assert {parameter.dtype for parameter in report.parameters.values()} == {torch.float32}
+    assert {gradient.dtype for gradient in report.gradients[0].values()} == {torch.float32}
+
+
 def forget_the_sum_over_tp(gradients) -> None:
     gradients._whole = []
 

@@ -108,7 +108,8 @@ def train(rank: int, world_size: int, job: Job) -> Report:
     parallel = job.parallel
     state = ParallelState(Layout.from_config(parallel, world_size))
     placed = place_blocks(job.model, parallel, LENGTH, parallel.pp)
-    stage = build_stage(job.model, state, placed[state.rank_in("pp")], job.dtype)
+    stored = torch.float32 if job.dtype == torch.bfloat16 else job.dtype  # master weights
+    stage = build_stage(job.model, state, placed[state.rank_in("pp")], stored)
     shard(stage, state, job.dtype)
     stage.to_empty(device="cpu")
     initialize(stage, job.model, seed=0)

@@ -76,7 +76,8 @@ def _scatter(rows: Tensor, route: Route) -> Tensor:
 
 
 def _pack(rows: Tensor, weights: Tensor) -> Tensor:
-    return torch.cat([rows, weights.contiguous().view(rows.dtype).view(rows.shape[0], -1)], dim=1)
+    columns = weights.element_size() // rows.element_size()
+    return torch.cat([rows, weights.contiguous().view(rows.dtype).view(-1, columns)], dim=1)
 
 
 def _unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

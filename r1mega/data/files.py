@@ -12,6 +12,8 @@ from typing import IO
 
 import numpy
 
+from r1mega.files import sync
+
 _LOCK = ".lock"
 
 
@@ -37,11 +39,11 @@ def whole_folder(target: Path) -> Iterator[Path | None]:
             _remove(partial)
             raise
         for path in sorted(partial.iterdir()):
-            _flush(path)
+            sync(path)
         # The lock goes last: until the folder has its name, whoever opens the lock must find this one and wait.
         os.rename(partial, target)
         (target / _LOCK).unlink()
-        _flush(target.parent)
+        sync(target.parent)
 
 
 def _lock_folder(partial: Path, target: Path) -> IO[bytes] | None:
@@ -81,14 +83,6 @@ def _remove(folder: Path) -> None:
     (folder / _LOCK).unlink()
     with suppress(OSError):
         folder.rmdir()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def cached_arrays(folder: Path, key: str, build: Callable[[], dict[str, numpy.ndarray]]) -> dict[str, numpy.ndarray]:

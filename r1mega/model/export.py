@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1mega.config import Config, ConfigError, ModelConfig
+from r1mega.files import sync
 from r1mega.model.huggingface_config import CONFIG_FILE, from_huggingface, read_config
 from r1mega.model.huggingface_config_writer import to_huggingface
 from r1mega.model.huggingface_difference import first_difference
@@ -61,7 +62,7 @@ def export(run: str | Path, out: str | Path) -> int:
         temporary.mkdir(parents=True)
         summary = _write(config, read_tensors(checkpoint), temporary)
         os.replace(temporary, out.resolve())
-        _sync(out.resolve().parent)
+        sync(out.resolve().parent)
     except OSError as error:
         raise ConfigError(f"OUT={out}: cannot be written: {error.strerror or error}") from error
     finally:
@@ -100,8 +101,8 @@ def _write(config: Config, tensors: Iterable[tuple[str, Tensor]], folder: Path) 
     difference = first_difference(model, from_huggingface(read_config(folder)))
     assert difference is None, f"{CONFIG_FILE} does not read back as the model: {difference}"
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
     return f"{len(entries)} tensors in {dtype_name}, {num_files} file{'s' * (num_files > 1)}, {size / 1e6:,.1f} MB"
 
@@ -217,12 +218,3 @@ def _umask() -> int:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

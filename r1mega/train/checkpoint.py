@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from r1mega.config import Config
+from r1mega.files import sync, write_whole
 from r1mega.settings import dump_config
 from r1mega.train.checkpoint_files import (
     CONFIG_FILE,
@@ -39,7 +40,6 @@ from r1mega.train.checkpoint_files import (
     read_progress,
     read_tensors,
 )
-from r1mega.train.files import sync_folder, write_whole
 
 __all__ = [
     "CONFIG_FILE",
@@ -125,9 +125,9 @@ class Checkpointer:
             if self._is_first:
                 write_whole(temporary / CONFIG_FILE, dump_config(self._config))
                 write_whole(temporary / PROGRESS_FILE, json.dumps(asdict(progress)))
-                sync_folder(temporary)
+                sync(temporary)
                 os.rename(temporary, path)
-                sync_folder(self._folder)
+                sync(self._folder)
                 for old in complete_checkpoints(self._folder)[: -self._config.train.keep_checkpoints]:
                     _remove(old)
             published.set_result(None)

@@ -12,9 +12,9 @@ from pathlib import Path
 import yaml
 
 from r1mega.config import Config, ConfigError
+from r1mega.files import write_whole
 from r1mega.settings import dump_config
 from r1mega.train.checkpoint_files import CONFIG_FILE, check, first_difference, newest_checkpoint, remove_stale
-from r1mega.train.files import write_whole
 from r1mega.train.metrics import METRICS_FILE, read_metrics
 
 CHECKPOINT_FOLDER = "checkpoints"

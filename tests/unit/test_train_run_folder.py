@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from r1mega.config import Config, ConfigError, ModelConfig, TrainConfig
+from r1mega.files import write_whole
 from r1mega.settings import dump_config
-from r1mega.train.files import write_whole
 from r1mega.train.run_folder import prepare_folder
 
 

@@ -18,7 +18,7 @@ def all_gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
 def reduce_scatter(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """This rank's part of the sum over ranks: ``[n * size, ...] -> [n, ...]``."""
     if tensor.device.type == "cpu":
-        # gloo's own takes 1.6 times the CPU time of an exchange of the parts and a sum (benchmarks/step.py, tp=2).
+        # gloo's own took 1.6 times the CPU time of an exchange of the parts and a sum (256 x 256 float32, 2 ranks).
         parts = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         dist.all_to_all_single(parts, tensor.contiguous(), group=group)
         return parts.unflatten(0, (group.size(), -1)).sum(0)

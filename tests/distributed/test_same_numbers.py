@@ -145,6 +145,7 @@ def forget_the_sum_over_copies(gradients) -> None:
 def test_a_missing_reduction_is_noticed(pool, sabotage, name):
     """The comparison can fail: without one sum the numbers differ."""
     world_size, parallel = LAYOUTS[name]
+    # Outside the block below: a job that breaks for another reason must not pass for a difference in numbers.
+    report = pool.run(train, world_size, Job(parallel=parallel, sabotage=sabotage))[0]
     with pytest.raises(AssertionError):
-        report = pool.run(train, world_size, Job(parallel=parallel, sabotage=sabotage))[0]
         assert_same(report, reference(pool, False))

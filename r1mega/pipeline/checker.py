@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from r1mega.pipeline.actions import Action, Kind, ScheduleError, Table
+from r1mega.pipeline.actions import PER_STEP, Action, Kind, ScheduleError, Table
 from r1mega.pipeline.transfers import Message, Program, programs
 
 __all__ = ["Report", "ScheduleError", "check", "check_transfers"]
@@ -17,7 +17,7 @@ class Report:
 
     Args:
         peak_activations: for each rank the largest number of (stage, microbatch) pairs whose activations it holds at
-            once, counted from the F to the B, or to the W where the backward is split.
+            once, counted from the F (the C where there is one) to the B, or to the W where the backward is split.
     """
 
     peak_activations: list[int]
@@ -29,38 +29,45 @@ def check(table: Table) -> Report:
     _check_complete(table)
     _check_order(table)
     check_transfers(programs(table))
-    return Report([_peak_activations(row) for row in table.rows])
+    return Report([_peak_activations(list(table.actions(rank))) for rank in range(table.num_ranks)])
 
 
 def _check_placement(table: Table) -> None:
+    if table.num_copies < 1 or table.num_stages % table.num_copies:
+        raise ScheduleError(0, None, f"{table.num_stages} stages do not make {table.num_copies} equal copies")
     for stage, rank in enumerate(table.stage_to_rank):
         if not 0 <= rank < table.num_ranks:
             raise ScheduleError(rank, None, f"holds stage {stage}, but the table has {table.num_ranks} rows")
-    for rank, row in enumerate(table.rows):
+    for rank in range(table.num_ranks):
         if rank not in table.stage_to_rank:
             raise ScheduleError(rank, None, "holds no stage")
-        for action in row:
+        for action in table.actions(rank):
             if not 0 <= action.stage < table.num_stages:
                 raise ScheduleError(rank, action, f"there are {table.num_stages} stages only")
             owner = table.stage_to_rank[action.stage]
             if owner != rank:
                 raise ScheduleError(rank, action, f"stage {action.stage} is on rank {owner}")
-            if (action.microbatch < 0) != (action.kind is Kind.R):
-                raise ScheduleError(rank, action, "every action but R has a microbatch, and R has none")
+            if (action.microbatch < 0) != (action.kind in PER_STEP):
+                raise ScheduleError(rank, action, "every action but R and O has a microbatch, and these have none")
 
 
 def _check_complete(table: Table) -> None:
     """Every F, every B or else I and W, and every R, exactly once."""
     if table.num_microbatches == 0:
         raise ScheduleError(0, None, "there is no microbatch")
-    for rank, row in enumerate(table.rows):
+    everywhere = [set(table.microbatches_of(stage)) for stage in range(table.num_stages)]
+    for rank in range(table.num_ranks):
         found: set[Action] = set()
-        for action in row:
+        for action in table.actions(rank):
             if action in found:
                 raise ScheduleError(rank, action, "comes twice")
+            if action.kind not in PER_STEP and action.microbatch not in everywhere[action.stage]:
+                raise ScheduleError(
+                    rank, action, f"microbatch {action.microbatch} belongs to another copy of the model"
+                )
             found.add(action)
         for stage in table.stages_of(rank):
-            for microbatch in range(table.num_microbatches):
+            for microbatch in sorted(everywhere[stage]):
                 _check_microbatch(rank, found, stage, microbatch)
             _require(rank, found, Action(Kind.R, stage))
 
@@ -86,16 +93,24 @@ def _require(rank: int, found: set[Action], action: Action) -> None:
 
 
 def _check_order(table: Table) -> None:
-    """F before B or I, I before W, R after everything of its stage."""
-    for rank, row in enumerate(table.rows):
+    """F before C before B or I, I before W, R after everything of its stage but the O."""
+    for rank in range(table.num_ranks):
+        present = set(table.actions(rank))
         done: set[Action] = set()
-        for action in row:
-            if Action(Kind.R, action.stage) in done:
+        for action in table.actions(rank):
+            if Action(Kind.R, action.stage) in done and action.kind is not Kind.O:
                 raise ScheduleError(rank, action, f"comes after {Action(Kind.R, action.stage)}")
-            before = {Kind.B: Kind.F, Kind.I: Kind.F, Kind.W: Kind.I}.get(action.kind)
-            if before is not None and action._replace(kind=before) not in done:
-                raise ScheduleError(rank, action, f"comes before {action._replace(kind=before)}")
+            for before in _before(action):
+                if before not in done and (before in present or before.kind is not Kind.C):
+                    raise ScheduleError(rank, action, f"comes before {before}")
             done.add(action)
+
+
+def _before(action: Action) -> list[Action]:
+    kinds = {
+        Kind.C: (Kind.F,), Kind.B: (Kind.F, Kind.C), Kind.I: (Kind.F, Kind.C), Kind.W: (Kind.I,), Kind.O: (Kind.R,),
+    }.get(action.kind, ())  # fmt: skip
+    return [action._replace(kind=kind) for kind in kinds]
 
 
 def check_transfers(ranks: list[Program]) -> None:
@@ -109,18 +124,21 @@ def check_transfers(ranks: list[Program]) -> None:
         (source, program.rank): deque() for program in ranks for source in program.incoming
     }
     expected = {(src, program.rank): deque(queue) for program in ranks for src, queue in program.incoming.items()}
-    kept: list[set[Message]] = [set() for _ in ranks]
+    kept: list[set[Message | None]] = [set() for _ in ranks]
     position = [0] * len(ranks)
 
     def advance(program: Program) -> bool:
         start = position[program.rank]
-        for step in program.steps[start:]:
-            if step.takes is not None and not _take(step.takes, kept[program.rank], sent, expected):
+        for together in program.steps[start:]:
+            # an overlap that cannot have everything yet keeps what is there: taking twice is harmless
+            if not all([_has(step.takes, kept[program.rank], sent, expected) for step in together]):
                 break
-            if step.gives is not None and step.gives.source == step.gives.destination:
-                kept[program.rank].add(step.gives)
-            elif step.gives is not None:
-                sent.setdefault((step.gives.source, step.gives.destination), deque()).append(step.gives)
+            kept[program.rank].difference_update(step.takes for step in together)
+            for gives in (step.gives for step in together):
+                if gives is not None and gives.source == gives.destination:
+                    kept[program.rank].add(gives)
+                elif gives is not None:
+                    sent.setdefault((gives.source, gives.destination), deque()).append(gives)
             position[program.rank] += 1
         return position[program.rank] > start
 
@@ -128,8 +146,12 @@ def check_transfers(ranks: list[Program]) -> None:
         pass
     blocked = [program for program in ranks if position[program.rank] < len(program.steps)]
     if blocked:
-        steps = [program.steps[position[program.rank]] for program in blocked]
-        waits = [(program.rank, s.action, s.takes) for program, s in zip(blocked, steps, strict=True) if s.takes]
+        waits = [
+            (program.rank, step.action, step.takes)
+            for program in blocked
+            for step in program.steps[position[program.rank]]
+            if step.takes is not None and step.takes not in kept[program.rank]
+        ]
         story = "; ".join(
             f"rank {r} waits in {action} for {wanted} on rank {wanted.source}" for r, action, wanted in waits
         )
@@ -139,13 +161,15 @@ def check_transfers(ranks: list[Program]) -> None:
             raise ScheduleError(source, None, f"sends {queue[0]} to rank {destination}, which never takes it")
 
 
-def _take(
-    message: Message,
-    kept: set[Message],
+def _has(
+    message: Message | None,
+    kept: set[Message | None],
     sent: dict[tuple[int, int], deque[Message]],
     expected: dict[tuple[int, int], deque[Message]],
 ) -> bool:
-    """Whether ``message`` can be had; takes what its source sent before it, too."""
+    """Whether ``message`` is among ``kept``; first adds to ``kept`` what its source sent up to it."""
+    if message is None:
+        return True
     pair = (message.source, message.destination)
     queue = sent.get(pair, ())
     while message not in kept and queue:
@@ -153,14 +177,14 @@ def _take(
         if first != want:
             raise ScheduleError(message.destination, None, f"expects {want} where rank {message.source} sends {first}")
         kept.add(first)
-    found = message in kept
-    kept.discard(message)
-    return found
+    return message in kept
 
 
 def _peak_activations(row: list[Action]) -> int:
+    recomputed = {action[1:] for action in row if action.kind is Kind.C}
     held = peak = 0
     for action in row:
-        held += {Kind.F: 1, Kind.B: -1, Kind.W: -1}.get(action.kind, 0)
+        begins = Kind.C if action[1:] in recomputed else Kind.F
+        held += {begins: 1, Kind.B: -1, Kind.W: -1}.get(action.kind, 0)
         peak = max(peak, held)
     return peak

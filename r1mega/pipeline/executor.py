@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from r1mega.pipeline.actions import Kind, Table
+from r1mega.pipeline.actions import Action, Kind, Table
 from r1mega.pipeline.checker import check
 from r1mega.pipeline.transfers import Message, Program, Step, programs
 from r1mega.pipeline.transport import PeerError, ProcessGroupTransport, Transport
@@ -41,8 +42,35 @@ class _Saved:
     """
 
     inputs: list[Tensor]
-    activations: list[GradientEdge]
+    activations: list[GradientEdge | None]
     losses: list[Tensor]
+
+    @classmethod
+    def of(cls, inputs: tuple[Tensor, ...], output: StageOutput, recomputed: bool = False) -> _Saved:
+        """``recomputed``: every floating-point activation will get a gradient, even one that needs none."""
+        announced = (t for t in output.activations if t.requires_grad or (recomputed and t.is_floating_point()))
+        return cls(
+            [tensor for tensor in inputs if tensor.requires_grad],
+            [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in announced],
+            [loss for loss in output.losses if loss.requires_grad],
+        )
+
+
+class _RandomState:
+    """The random state before a forward that will be computed again, so that dropout draws the same."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        with torch.random.fork_rng(self._devices):
+            torch.set_rng_state(self._cpu)
+            for device, state in zip(self._devices, self._cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
 
 
 class PipelineError(RuntimeError):
@@ -59,6 +87,7 @@ class PipelineExecutor:
             ``weight_gradients`` get the store of this executor.
         group: the ranks of the pipeline in the order of the table; None where the table has one rank.
         reduce_gradients: what R calls with the number of the stage.
+        optimizer_step: what O calls with the number of the stage.
         transport: moves messages; by default over ``group``.
 
     Raises:
@@ -72,6 +101,7 @@ class PipelineExecutor:
         stages: Mapping[int, nn.Module],
         group: dist.ProcessGroup | None,
         reduce_gradients: Callable[[int], None] | None = None,
+        optimizer_step: Callable[[int], None] | None = None,
         transport: Transport | None = None,
     ) -> None:
         check(table)
@@ -83,13 +113,15 @@ class PipelineExecutor:
             raise ValueError(f"rank {self.rank} holds stages {table.stages_of(self.rank)}, not {sorted(stages)}")
         self.table, self.stages = table, dict(stages)
         self.weight_gradients = WeightGradientStore()
-        self._reduce_gradients = reduce_gradients
+        self._reduce_gradients, self._optimizer_step = reduce_gradients, optimizer_step
         self._programs = {only: programs(table, forward_only=only)[self.rank] for only in (False, True)}
         if transport is None and group is not None and num_ranks > 1:
             parameter = next((p for stage in stages.values() for p in stage.parameters()), None)
             transport = ProcessGroupTransport(group, torch.device("cpu") if parameter is None else parameter.device)
         self._transport = transport
         self._local: dict[Message, tuple[Tensor, ...]] = {}
+        self._recomputed = {action[1:] for action in table.actions(self.rank) if action.kind is Kind.C}
+        self._inputs: dict[tuple[int, int], tuple[tuple[Tensor, ...], _RandomState]] = {}
         self._saved: dict[tuple[int, int], _Saved] = {}
         for stage in stages.values():
             for module in stage.modules():
@@ -112,7 +144,7 @@ class PipelineExecutor:
         """
         if len(microbatches) != self.table.num_microbatches:
             raise ValueError(f"the schedule is for {self.table.num_microbatches} microbatches, not {len(microbatches)}")
-        for left_by_a_failed_run in (self._local, self._saved, self.weight_gradients.pending):
+        for left_by_a_failed_run in (self._local, self._inputs, self._saved, self.weight_gradients.pending):
             left_by_a_failed_run.clear()
         metrics: dict[str, Tensor] = {}
         program = self._programs[forward_only]
@@ -126,51 +158,81 @@ class PipelineExecutor:
         try:
             if self._transport is not None:
                 self._transport.start(program)
-            for step in program.steps:
-                at = action = step.action
-                kind, stage, microbatch = action
-                if kind is Kind.F:
-                    self._forward(step, microbatches[microbatch], metrics)
-                elif kind is Kind.B:
-                    self._backward(step)
-                elif kind is Kind.I:
-                    with self.weight_gradients.deferred(stage, microbatch):
-                        self._backward(step)
-                elif kind is Kind.W:
-                    self.weight_gradients.run(stage, microbatch)
-                elif self._reduce_gradients is not None:
-                    self._reduce_gradients(stage)
+            for together in program.steps:
+                taken = []
+                for step in together:
+                    at = step.action
+                    taken.append(self._take(step))
+                given = []
+                for step, tensors in zip(together, taken, strict=True):
+                    at = step.action
+                    given.append(self._act(step.action, tensors, microbatches, metrics))
+                for step, tensors in zip(together, given, strict=True):
+                    if step.gives is not None:
+                        self._give(step.gives, tensors)
             at = "the end of the schedule"
             if self._transport is not None:
                 self._transport.finish()
         except PeerError as error:
             raise PipelineError(f"pipeline rank {self.rank}, action {at}: {error}") from error
 
-    def _forward(self, step: Step, microbatch: Any, metrics: dict[str, Tensor]) -> None:
-        inputs = self._take(step)
-        output = self.stages[step.action.stage](inputs, microbatch)
+    def _act(
+        self, action: Action, taken: tuple[Tensor, ...], microbatches: Sequence[Any], metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Do ``action`` with what it took; what it hands on."""
+        kind, stage, microbatch = action
+        if kind is Kind.F:
+            return self._forward(action, taken, microbatches[microbatch], metrics)
+        if kind is Kind.B:
+            return self._backward(action, taken)
+        if kind is Kind.I:
+            with self.weight_gradients.deferred(stage, microbatch):
+                return self._backward(action, taken)
+        if kind is Kind.C:
+            self._compute_again(action, microbatches[microbatch])
+        elif kind is Kind.W:
+            self.weight_gradients.run(stage, microbatch)
+        elif kind is Kind.R and self._reduce_gradients is not None:
+            self._reduce_gradients(stage)
+        elif kind is Kind.O and self._optimizer_step is not None:
+            self._optimizer_step(stage)
+        return ()
+
+    def _forward(
+        self, action: Action, inputs: tuple[Tensor, ...], microbatch: Any, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        key, stage = action[1:], self.stages[action.stage]
+        if torch.is_grad_enabled() and key in self._recomputed:
+            self._inputs[key] = inputs, _RandomState(inputs)
+            with torch.no_grad():
+                output = stage(inputs, microbatch)
+            # without a graph nobody knows yet which of them need a gradient
+            output.activations = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in output.activations)
+        else:
+            output = stage(inputs, microbatch)
+            if torch.is_grad_enabled():
+                self._saved[key] = _Saved.of(inputs, output)
         for name, value in output.metrics.items():
             value = value.detach()
             metrics[name] = metrics[name] + value if name in metrics else value
-        if torch.is_grad_enabled():
-            self._saved[step.action.stage, step.action.microbatch] = _Saved(
-                [tensor for tensor in inputs if tensor.requires_grad],
-                [get_gradient_edge(tensor) for tensor in output.activations if tensor.requires_grad],
-                [loss for loss in output.losses if loss.requires_grad],
-            )
-        if step.gives is not None:
-            self._give(step.gives, output.activations)
+        return output.activations
 
-    def _backward(self, step: Step) -> None:
-        saved = self._saved.pop((step.action.stage, step.action.microbatch))
-        gradients = self._take(step)
-        assert len(gradients) == len(saved.activations), f"{step.action}: the last stage must not return activations"
-        roots: list[Any] = [*saved.activations, *saved.losses]
+    def _compute_again(self, action: Action, microbatch: Any) -> None:
+        key = action[1:]
+        inputs, random_state = self._inputs.pop(key)
+        with random_state.restored():
+            self._saved[key] = _Saved.of(inputs, self.stages[action.stage](inputs, microbatch), recomputed=True)
+
+    def _backward(self, action: Action, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        saved = self._saved.pop(action[1:])
+        assert len(gradients) == len(saved.activations), f"{action}: the last stage must not return activations"
+        pairs = zip(saved.activations, gradients, strict=True)
+        roots: list[tuple[Any, Tensor | None]] = [(edge, gradient) for edge, gradient in pairs if edge is not None]
+        roots += [(loss, None) for loss in saved.losses]
         if roots:
-            torch.autograd.backward(roots, [*gradients, *(None for _ in saved.losses)])
-        if step.gives is not None:
-            given = (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in saved.inputs)
-            self._give(step.gives, tuple(given))
+            tensors, root_gradients = zip(*roots, strict=True)
+            torch.autograd.backward(tensors, root_gradients)
+        return tuple(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in saved.inputs)
 
     def _take(self, step: Step) -> tuple[Tensor, ...]:
         message = step.takes

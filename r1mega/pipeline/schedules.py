@@ -6,9 +6,9 @@ same order whatever the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from r1mega.pipeline.actions import Action, Kind, Table
+from r1mega.pipeline.actions import Action, Kind, Overlap, Table
 
 
 def gpipe(num_ranks: int, num_microbatches: int) -> Table:
@@ -42,18 +42,19 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Table:
 SCHEDULES: dict[str, Callable[[int, int], Table]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
 
 
-def with_reductions(rows: list[list[Action]]) -> list[list[Action]]:
+def with_reductions(rows: Sequence[Sequence[Action | Overlap]]) -> list[list[Action | Overlap]]:
     """Copy ``rows`` with an R for each stage, right after the last action of that stage."""
     return [_with_reductions(row) for row in rows]
 
 
-def _with_reductions(row: list[Action]) -> list[Action]:
-    last = {action.stage: position for position, action in enumerate(row)}
-    reduced = []
-    for position, action in enumerate(row):
-        reduced.append(action)
-        if last[action.stage] == position:
-            reduced.append(Action(Kind.R, action.stage))
+def _with_reductions(row: Sequence[Action | Overlap]) -> list[Action | Overlap]:
+    cells = [(cell, cell if isinstance(cell, Overlap) else (cell,)) for cell in row]
+    last = {action.stage: position for position, (_, actions) in enumerate(cells) for action in actions}
+    reduced: list[Action | Overlap] = []
+    for position, (cell, actions) in enumerate(cells):
+        reduced.append(cell)
+        stages = dict.fromkeys(action.stage for action in actions)
+        reduced += [Action(Kind.R, stage) for stage in stages if last[stage] == position]
     return reduced
 
 

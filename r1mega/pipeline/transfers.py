@@ -7,10 +7,12 @@ first and keeps them, so that both ends agree on the order whatever the order in
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
-from r1mega.pipeline.actions import Action, Kind, Table
+from r1mega.pipeline.actions import Action, Kind, Overlap, Table
 
 
 class Message(NamedTuple):
@@ -31,7 +33,7 @@ class Message(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An action with what it takes and what it gives; None for a first or last stage, and for W and R.
+    """An action with what it takes and what it gives; None for a first or last stage, and for all but F, B and I.
 
     ``acknowledged``: when ``takes`` is there, so many of this rank's messages to its sender have surely been received.
     """
@@ -44,58 +46,77 @@ class Step(NamedTuple):
 
 @dataclass
 class Program:
-    """What one rank does: its steps, and for each other rank the messages from there, in the order of their coming."""
+    """What one rank does: its steps, and for each other rank the messages from there, in the order of their coming.
+
+    Steps that belong together (an overlap) are a tuple: all of them take before any of them gives.
+    """
 
     rank: int
-    steps: list[Step]
+    steps: list[tuple[Step, ...]]
     incoming: dict[int, list[Message]]
 
 
 def programs(table: Table, forward_only: bool = False) -> list[Program]:
     """The program of each rank. The table must be complete (see :mod:`r1mega.pipeline.checker`)."""
-    rows = [[a for a in row if a.kind is Kind.F or not forward_only] for row in table.rows]
-    steps = [[Step(action, _takes(action, table), _gives(action, table)) for action in row] for row in rows]
-    incoming: list[dict[int, list[Message]]] = [{} for _ in rows]
+    steps = [
+        [tuple(Step(action, _takes(action, table), _gives(action, table)) for action in cell) for cell in row]
+        for row in (_cells(row, forward_only) for row in table.rows)
+    ]
+    incoming: list[dict[int, list[Message]]] = [{} for _ in steps]
     for row in steps:
-        for step in row:
+        for step in chain.from_iterable(row):
             if step.gives is not None and step.gives.source != step.gives.destination:
                 incoming[step.gives.destination].setdefault(step.gives.source, []).append(step.gives)
     acknowledged = _acknowledgements(steps, incoming)
-    return [
-        Program(rank, [step._replace(acknowledged=acknowledged.get(step.takes, 0)) for step in row], incoming[rank])
-        for rank, row in enumerate(steps)
-    ]
+    for row in steps:
+        row[:] = [tuple(s._replace(acknowledged=acknowledged.get(s.takes, 0)) for s in together) for together in row]
+    return [Program(rank, row, incoming[rank]) for rank, row in enumerate(steps)]
+
+
+def _cells(row: list[Action | Overlap], forward_only: bool) -> Iterator[tuple[Action, ...]]:
+    for cell in row:
+        actions = tuple(cell) if isinstance(cell, Overlap) else (cell,)
+        if forward_only:
+            actions = tuple(action for action in actions if action.kind is Kind.F)
+        if actions:
+            yield actions
 
 
 def _takes(action: Action, table: Table) -> Message | None:
-    if action.kind is Kind.F and action.stage > 0:
-        return _message(Kind.F, action.stage - 1, action.stage, action.microbatch, table)
-    if action.kind in (Kind.B, Kind.I) and action.stage + 1 < table.num_stages:
-        return _message(Kind.B, action.stage + 1, action.stage, action.microbatch, table)
+    if action.kind is Kind.F:
+        return _message(Kind.F, table.previous_stage(action.stage), action.stage, action.microbatch, table)
+    if action.kind in (Kind.B, Kind.I):
+        return _message(Kind.B, table.next_stage(action.stage), action.stage, action.microbatch, table)
     return None
 
 
 def _gives(action: Action, table: Table) -> Message | None:
-    if action.kind is Kind.F and action.stage + 1 < table.num_stages:
-        return _message(Kind.F, action.stage, action.stage + 1, action.microbatch, table)
-    if action.kind in (Kind.B, Kind.I) and action.stage > 0:
-        return _message(Kind.B, action.stage, action.stage - 1, action.microbatch, table)
+    if action.kind is Kind.F:
+        return _message(Kind.F, action.stage, table.next_stage(action.stage), action.microbatch, table)
+    if action.kind in (Kind.B, Kind.I):
+        return _message(Kind.B, action.stage, table.previous_stage(action.stage), action.microbatch, table)
     return None
 
 
-def _message(kind: Kind, stage: int, to_stage: int, microbatch: int, table: Table) -> Message:
+def _message(kind: Kind, stage: int | None, to_stage: int | None, microbatch: int, table: Table) -> Message | None:
+    if stage is None or to_stage is None:
+        return None
     return Message(kind, stage, microbatch, table.stage_to_rank[stage], table.stage_to_rank[to_stage])
 
 
-def _acknowledgements(steps: list[list[Step]], incoming: list[dict[int, list[Message]]]) -> dict[Message | None, int]:
+def _acknowledgements(
+    steps: list[list[tuple[Step, ...]]], incoming: list[dict[int, list[Message]]]
+) -> dict[Message | None, int]:
     """For each message: how many messages from its destination its source had received when it sent this one."""
     number = {message: i for queues in incoming for queue in queues.values() for i, message in enumerate(queue, 1)}
     acknowledged: dict[Message | None, int] = {}
     for row in steps:
         received: dict[int, int] = defaultdict(int)
-        for step in row:
-            if step.takes in number:
-                received[step.takes.source] = max(received[step.takes.source], number[step.takes])
-            if step.gives in number:
-                acknowledged[step.gives] = received[step.gives.destination]
+        for together in row:
+            for step in together:
+                if step.takes in number:
+                    received[step.takes.source] = max(received[step.takes.source], number[step.takes])
+            for step in together:
+                if step.gives in number:
+                    acknowledged[step.gives] = received[step.gives.destination]
     return acknowledged

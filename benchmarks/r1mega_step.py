@@ -71,7 +71,12 @@ def model_config(workload: Workload) -> ModelConfig:
 def fill_initial_weights(stage: nn.Module) -> None:
     """Give this rank's shards of a stage the workload's initial weights."""
     for name, parameter in stage.named_parameters():
-        whole = initial_weight(name, tuple(parameter.shape))
+        if name.endswith("gate_up_proj"):
+            experts, _, width, hidden = parameter.shape
+            parts = (name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj"))
+            whole = torch.stack([initial_weight(part, (experts, width, hidden)) for part in parts], dim=1)
+        else:
+            whole = initial_weight(name, tuple(parameter.shape))
         local(parameter).copy_(whole[local_slices(parameter)])
     for module in stage.modules():
         if isinstance(module, Router):
@@ -88,10 +93,12 @@ class R1megaTrainer:
             parallel=ParallelConfig(tp=tp, pp=pp, ep=ep, etp=tp),
             data=DataConfig(sequence_length=workload.sequence_length),
             optimizer=OptimizerConfig(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0),
-            train=TrainConfig(global_batch_size=workload.num_microbatches),
         )
         self.learning_rate = workload.learning_rate
         self.state = ParallelState(Layout.from_config(config.parallel, dist.get_world_size()))
+        num_sequences = workload.num_microbatches * self.state.size("dp")
+        self.tokens_per_step = num_sequences * workload.sequence_length
+        config.train = TrainConfig(global_batch_size=num_sequences)
         self.stages = build_stages(config, self.state)
         for stage in self.stages.values():
             fill_initial_weights(stage)
@@ -99,8 +106,8 @@ class R1megaTrainer:
         parameters = named_shards(self.stages.values())
         self.gradients = Gradients(parameters, self.state)
         self.optimizer = AdamW(parameters, config.optimizer)
-        mine = microbatches_of(workload, self.state.rank_in("dp"), self.state.size("dp"))
-        self.batches = [_batch(workload, index) for index in mine]
+        mine = microbatches_of(workload, self.state.rank_in("dp"))
+        self.batches = [_batch(workload, index, num_sequences) for index in mine]
 
     def step(self) -> tuple[float, float]:
         """Train one step; this rank's share of the loss and the global gradient norm."""
@@ -113,10 +120,10 @@ class R1megaTrainer:
         return float(metrics.get("loss", 0.0)), norm
 
 
-def _batch(workload: Workload, index: int) -> Batch:
+def _batch(workload: Workload, index: int, num_sequences: int) -> Batch:
     tokens, labels = (row[None] for row in sequence(workload, index))
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    return Batch(tokens, labels, mask, workload.tokens_per_step, workload.num_microbatches)
+    return Batch(tokens, labels, mask, num_sequences * workload.sequence_length, num_sequences)
 
 
 def main() -> None:
@@ -124,7 +131,7 @@ def main() -> None:
     start_process_group()
     workload = workload_from(arguments)
     trainer = R1megaTrainer(workload, arguments.tp, arguments.pp, arguments.ep)
-    report(measure(f"r1mega {r1mega.__version__}", workload, trainer.step, arguments.num_steps))
+    report(measure(f"r1mega {r1mega.__version__}", trainer.tokens_per_step, trainer.step, arguments.num_steps))
     if arguments.profile:
         profile_step(trainer.step, arguments.profile)
     dist.barrier()

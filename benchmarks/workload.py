@@ -40,8 +40,7 @@ class Workload:
         expert_width: width of an expert.
         vocab_size: rows of the embedding and of the head.
         sequence_length: tokens of a sequence; a microbatch is one sequence.
-        num_microbatches: microbatches of a step over all data-parallel ranks together, so that every layout
-            trains on the same tokens and has the same loss.
+        num_microbatches: microbatches of a step on each data-parallel rank, as a schedule counts them.
         learning_rate: of Adam (beta 0.9 and 0.95, eps 1e-8).
         norm_eps: epsilon of RMSNorm.
         rope_theta: base of the rotary frequencies.
@@ -59,10 +58,6 @@ class Workload:
     learning_rate: float = 1e-3
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.num_microbatches * self.sequence_length
 
     @property
     def head_dim(self) -> int:
@@ -87,11 +82,9 @@ def sequence(workload: Workload, index: int) -> tuple[Tensor, Tensor]:
     return drawn[:-1], drawn[1:]
 
 
-def microbatches_of(workload: Workload, dp_rank: int, dp_size: int) -> range:
+def microbatches_of(workload: Workload, dp_rank: int) -> range:
     """The sequences that data-parallel rank ``dp_rank`` trains on in each step."""
-    assert workload.num_microbatches % dp_size == 0, "every data-parallel rank must get as many microbatches"
-    each = workload.num_microbatches // dp_size
-    return range(dp_rank * each, (dp_rank + 1) * each)
+    return range(dp_rank * workload.num_microbatches, (dp_rank + 1) * workload.num_microbatches)
 
 
 @dataclass
@@ -118,9 +111,9 @@ class Measurement:
 
 
 def measure(
-    implementation: str, workload: Workload, step: Callable[[], tuple[float, float]], num_steps: int
+    implementation: str, tokens_per_step: int, step: Callable[[], tuple[float, float]], num_steps: int
 ) -> Measurement:
-    """Run ``step`` and time it on all ranks; a collective, to be called on every rank.
+    """Run ``step``, of so many tokens over all ranks, and time it; a collective, to be called on every rank.
 
     ``step()`` trains one step and returns (this rank's share of the loss, the global gradient norm): the shares add
     up to the loss over the world. Waiting for another rank costs no CPU-seconds; moving bytes does.
@@ -137,7 +130,7 @@ def measure(
     peak = torch.zeros(dist.get_world_size(), dtype=torch.int64)
     peak[dist.get_rank()] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     dist.all_reduce(peak)
-    return Measurement(implementation, *map(list, zip(*rows, strict=True)), workload.tokens_per_step, peak.tolist())
+    return Measurement(implementation, *map(list, zip(*rows, strict=True)), tokens_per_step, peak.tolist())
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:

@@ -57,7 +57,8 @@ class MegatronTrainer:
         self.workload, self.tp = workload, tp
         self.model, self.optimizer = _model_and_optimizer(workload, tp, pp, ep)
         self.dp = parallel_state.get_data_parallel_world_size()
-        mine = microbatches_of(workload, parallel_state.get_data_parallel_rank(), self.dp)
+        mine = microbatches_of(workload, parallel_state.get_data_parallel_rank())
+        self.tokens_per_step = self.dp * len(mine) * workload.sequence_length
         self.microbatches = [tuple(t[None] for t in sequence(workload, i)) for i in mine]
         self.positions = torch.arange(workload.sequence_length)[None]
         self.run_schedule = get_forward_backward_func()
@@ -207,7 +208,8 @@ def main() -> None:
     start_process_group()
     workload = workload_from(arguments)
     trainer = MegatronTrainer(workload, arguments.tp, arguments.pp, arguments.ep)
-    report(measure(f"megatron-core {megatron.core.__version__}", workload, trainer.step, arguments.num_steps))
+    name = f"megatron-core {megatron.core.__version__}"
+    report(measure(name, trainer.tokens_per_step, trainer.step, arguments.num_steps))
     if arguments.profile:
         profile_step(trainer.step, arguments.profile)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Matrix products that own their weight gradient: ``linear`` and ``grouped_linear``, and several at once.
+"""Matrix products that own their weight gradient: ``linear``, several of one input, and ``grouped_linear``.
 
 Backward computes the input gradient at once. The weight gradient goes one of two ways:
 
@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from r1mega.kernels.parameter import WeightGradients, gradient_buffer, like_parameter, local
+from r1mega.kernels.parameter import WeightGradients, like_parameter, local
 
 
 def linear(input_TI: Tensor, weight_OI: Tensor, store: WeightGradients | None = None) -> Tensor:
@@ -83,88 +83,81 @@ def grouped_linear(
 
     Args:
         input_RI: ``[R, I]``, sorted by expert.
-        weight_EOI: ``[E, O, I]``, a parameter.
+        weight_EOI: ``[E, O, I]``, a parameter; or ``[E, n, O / n, I]``, whose n products stand side by side.
         counts: rows of each expert; they add up to R.
         store: where the weight gradient goes; None returns it to autograd.
 
     Returns:
         ``[R, O]``.
     """
-    return _GroupedLinears.apply(input_RI, counts, store, weight_EOI)[0]
+    return _GroupedLinear.apply(input_RI, weight_EOI, counts, store)
 
 
-def grouped_linears(
-    input_RI: Tensor, weights: Sequence[Tensor], counts: Sequence[int], store: WeightGradients | None = None
-) -> tuple[Tensor, ...]:
-    """:func:`grouped_linear` of one input with several weights; the input's gradient is summed inside the products."""
-    return _GroupedLinears.apply(input_RI, counts, store, *weights)
-
-
-class _GroupedLinears(torch.autograd.Function):
+class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_RI, counts, store, *weights):
+    def forward(ctx, input_RI, weight, counts, store):
         ctx.save_for_backward(input_RI)
-        ctx.weights, ctx.counts, ctx.store = weights, counts, store
-        return tuple(_grouped_matmul(input_RI, local(weight).transpose(1, 2), counts) for weight in weights)
+        ctx.weight, ctx.counts, ctx.store = weight, counts, store
+        return _grouped_matmul(input_RI, local(weight).flatten(1, -2).transpose(1, 2), counts)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, grad_RO):
         (input_RI,) = ctx.saved_tensors
-        weights, counts, store = ctx.weights, ctx.counts, ctx.store
-        grads = [grad_RO.contiguous() for grad_RO in grads]
-        grad_input = None
+        weight, counts, store = ctx.weight, ctx.counts, ctx.store
+        grad_RO, grad_input, grad_weight = grad_RO.contiguous(), None, None
         if ctx.needs_input_grad[0]:
-            for grad_RO, weight in zip(grads, weights, strict=True):
-                grad_input = _grouped_matmul(grad_RO, local(weight), counts, add_to=grad_input)
-        if not ctx.needs_input_grad[3]:
-            return grad_input, None, None, *(None for _ in weights)
-        if store is not None:
-            for grad_RO, weight in zip(grads, weights, strict=True):
-                store.add(partial(_add_grouped_product_to, weight, grad_RO, input_RI, counts))
-            return grad_input, None, None, *(None for _ in weights)
-        found = []
-        for grad_RO, weight in zip(grads, weights, strict=True):
-            gradient = torch.zeros_like(local(weight))
-            _add_grouped_product(gradient, grad_RO, input_RI, counts)
-            found.append(like_parameter(gradient, weight))
-        return grad_input, None, None, *found
+            grad_input = _grouped_matmul(grad_RO, local(weight).flatten(1, -2), counts)
+        if ctx.needs_input_grad[1] and store is not None:
+            store.add(partial(_add_grouped_product, weight, grad_RO, input_RI, counts))
+        elif ctx.needs_input_grad[1]:
+            grad_weight = like_parameter(_grouped_product(weight, grad_RO, input_RI, counts), weight)
+        return grad_input, grad_weight, None, None
 
 
-def _grouped_matmul(
-    rows_RX: Tensor, weights_EXY: Tensor, counts: Sequence[int], add_to: Tensor | None = None
-) -> Tensor:
-    """``rows @ weights[e]`` for each group of rows (plus ``add_to``). One launch on a GPU, one an expert on a CPU."""
+def _grouped_matmul(rows_RX: Tensor, weights_EXY: Tensor, counts: Sequence[int]) -> Tensor:
+    """``rows @ weights[e]`` for each group of rows. One launch on a GPU, one an expert on a CPU."""
     if rows_RX.is_cuda:
-        result = torch.nn.functional.grouped_mm(rows_RX, weights_EXY, offs=_offsets(counts, rows_RX.device))
-        return result if add_to is None else add_to.add_(result)
-    result = rows_RX.new_empty(rows_RX.shape[0], weights_EXY.shape[2]) if add_to is None else add_to
+        return torch.nn.functional.grouped_mm(rows_RX, weights_EXY, offs=_offsets(counts, rows_RX.device))
+    result = rows_RX.new_empty(rows_RX.shape[0], weights_EXY.shape[2])
     start = 0
     for weight_XY, count in zip(weights_EXY.unbind(), counts, strict=True):
         if count:
-            rows, out = rows_RX[start : start + count], result[start : start + count]
-            if add_to is None:
-                torch.mm(rows, weight_XY, out=out)
-            else:
-                out.addmm_(rows, weight_XY)
+            torch.mm(rows_RX[start : start + count], weight_XY, out=result[start : start + count])
             start += count
     return result
 
 
-def _add_grouped_product_to(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, counts: Sequence[int]) -> None:
-    _add_grouped_product(gradient_buffer(weight), grad_RO, input_RI, counts)
-
-
 @torch.no_grad()
-def _add_grouped_product(gradient_EOI: Tensor, grad_RO: Tensor, input_RI: Tensor, counts: Sequence[int]) -> None:
+def _add_grouped_product(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, counts: Sequence[int]) -> None:
+    if weight.grad is None:
+        weight.grad = like_parameter(_grouped_product(weight, grad_RO, input_RI, counts), weight)
+        return
+    gradient_EOI = local(weight.grad).flatten(1, -2)
     if grad_RO.is_cuda:
-        offsets = _offsets(counts, grad_RO.device)
-        gradient_EOI.add_(torch.nn.functional.grouped_mm(grad_RO.t(), input_RI, offs=offsets))
+        gradient_EOI.add_(torch.nn.functional.grouped_mm(grad_RO.t(), input_RI, offs=_offsets(counts, grad_RO.device)))
         return
     start = 0
     for gradient_OI, count in zip(gradient_EOI.unbind(), counts, strict=True):
         if count:
             gradient_OI.addmm_(grad_RO[start : start + count].t(), input_RI[start : start + count])
             start += count
+
+
+def _grouped_product(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, counts: Sequence[int]) -> Tensor:
+    """The weight gradient of one microbatch, in the shape of ``weight``'s local shard."""
+    shape = local(weight).shape
+    if grad_RO.is_cuda:
+        offsets = _offsets(counts, grad_RO.device)
+        return torch.nn.functional.grouped_mm(grad_RO.t(), input_RI, offs=offsets).view(shape)
+    gradient = torch.empty_like(local(weight))
+    start = 0
+    for gradient_OI, count in zip(gradient.flatten(1, -2).unbind(), counts, strict=True):
+        if count:
+            torch.mm(grad_RO[start : start + count].t(), input_RI[start : start + count], out=gradient_OI)
+            start += count
+        else:
+            gradient_OI.zero_()
+    return gradient
 
 
 def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""``silu(gate) * up``, and the same times one weight a row (the router's weight of a routed row)."""
+"""``silu(gate) * up``; and from one tensor, times one weight a row (the router's weight of a routed row)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu(gate_RF: Tensor, up_RF: Tensor, weight_R: Tensor | None = None) -> Tensor:
+def swiglu(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
+    """``silu(gate) * up``, all ``[R, F]``."""
+    return _SwiGLU.apply(gate_RF, up_RF)
+
+
+def weighted_swiglu(gate_up_RF: Tensor, weight_R: Tensor) -> Tensor:
     """``silu(gate) * up * weight[:, None]``.
 
     The router's weight is applied here and not to the expert's output, so that its gradient needs no copy of that
     output: ``dL/dweight = <dL/d(result), silu(gate) * up>`` (SonicMoE).
 
     Args:
-        gate_RF: ``[R, F]``.
-        up_RF: ``[R, F]``.
-        weight_R: ``[R]``, float32 or wider; None multiplies by nothing.
+        gate_up_RF: ``[R, 2 F]``, gate first.
+        weight_R: ``[R]``, float32 or wider.
 
     Returns:
-        ``[R, F]`` in the dtype of ``gate_RF``.
+        ``[R, F]`` in the dtype of ``gate_up_RF``.
     """
-    if weight_R is None:
-        return _SwiGLU.apply(gate_RF, up_RF)
-    return _WeightedSwiGLU.apply(gate_RF, up_RF, weight_R)
+    return _WeightedSwiGLU.apply(gate_up_RF, weight_R)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -42,14 +44,20 @@ class _SwiGLU(torch.autograd.Function):
 
 class _WeightedSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, weight):
-        ctx.save_for_backward(gate, up, weight)
+    def forward(ctx, gate_up, weight):
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, dim=1)
         return F.silu(gate).mul_(up).mul_(weight.to(gate.dtype).unsqueeze(1))
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up, weight = ctx.saved_tensors
-        silu = F.silu(gate)
-        grad_weight = torch.linalg.vecdot(grad * silu, up).to(weight.dtype)
-        grad = grad * weight.to(gate.dtype).unsqueeze(1)
-        return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad), grad_weight
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
+        scale = weight.to(gate.dtype).unsqueeze(1)
+        grad_silu_up = F.silu(gate).mul_(grad)
+        grad_weight = torch.linalg.vecdot(grad_silu_up, up).to(weight.dtype)
+        torch.mul(grad_silu_up, scale, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input((grad * up).mul_(scale), gate, grad_input=grad_gate)
+        return grad_gate_up, grad_weight

@@ -16,7 +16,7 @@ from r1mega.model.huggingface_config import CONFIG_FILE, from_huggingface, read_
 from r1mega.model.huggingface_config_writer import to_huggingface
 from r1mega.model.huggingface_difference import first_difference
 from r1mega.model.huggingface_files import INDEX_FILE, SINGLE_FILE, check_entries, read_entries
-from r1mega.model.huggingface_names import copied_tensors, parameter_shapes, to_huggingface_name
+from r1mega.model.huggingface_names import copied_tensors, matrices, parameter_shapes, to_huggingface_name
 from r1mega.model.huggingface_tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
@@ -145,9 +145,9 @@ def huggingface_tensors(
                 f"{name} has shape {tuple(tensor.shape)} in the run's checkpoint, the model's is {shapes[name]}"
             )
         tensor = tensor.to(torch.float32 if name.endswith(BIAS) else dtype)
-        if tensor.dim() == 3:
-            for expert, matrix in enumerate(tensor):
-                yield to_huggingface_name(name, config, expert), matrix
+        if tensor.dim() > 2:
+            for index in matrices(shapes[name]):
+                yield to_huggingface_name(name, config, index), tensor[index]
             continue
         hf_name = to_huggingface_name(name, config)
         for each in [hf_name, *copies.get(hf_name, ())]:

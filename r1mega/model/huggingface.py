@@ -95,7 +95,7 @@ def load_huggingface(
     import torch
 
     from r1mega.kernels.parameter import local
-    from r1mega.model.init import local_slices
+    from r1mega.model.init import local_matrices, local_slices
     from r1mega.moe.router import Router
 
     folder = Path(path)
@@ -108,11 +108,9 @@ def load_huggingface(
     with TensorReader(folder, entries) as reader, torch.no_grad():
         for done, (name, tensor) in enumerate(tensors.items(), start=1):
             shard, slices = local(tensor), local_slices(tensor)
-            if shard.numel() and tensor.dim() == 3:
-                for row, expert in enumerate(range(slices[0].start, slices[0].stop)):
-                    shard[row].copy_(reader.read(to_huggingface_name(name, config, expert), slices[1:]))
-            elif shard.numel():
-                shard.copy_(reader.read(to_huggingface_name(name, config), slices))
+            if shard.numel():
+                for here, index in local_matrices(slices):
+                    shard[here].copy_(reader.read(to_huggingface_name(name, config, index), slices[-2:]))
             if progress is not None:
                 progress(done, len(tensors))
     for module in stage.modules():

@@ -1,12 +1,15 @@
 """Weight names and shapes, r1mega's to Hugging Face's and back: pure data, no torch.
 
-r1mega's names are Hugging Face's without ``model.``, with two differences: the experts of a layer are one tensor
-``[experts, rows, columns]`` here and a matrix each there, and MTP layer ``i`` is layer ``num_layers + i`` there.
+r1mega's names are Hugging Face's without ``model.``, with two differences: the experts of a layer are two tensors
+here, ``gate_up_proj [experts, 2, rows, columns]`` and ``down_proj [experts, rows, columns]``, and a matrix each there;
+and MTP layer ``i`` is layer ``num_layers + i`` there.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from r1mega.config import ModelConfig
@@ -17,7 +20,8 @@ Shape = tuple[int, ...]
 _EMBEDDING_COPY, _HEAD_COPY = "embed_tokens.weight", "shared_head.head.weight"
 _MTP_NAMES = {"norm.weight": "shared_head.norm.weight"}
 _MTP_OWN = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
-_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_GATE_UP = ("gate_proj", "up_proj")
 _HF_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 
@@ -27,11 +31,11 @@ class Place:
 
     Args:
         name: r1mega's name of the parameter or buffer.
-        expert: index into its first dimension; None means the whole tensor.
+        index: of one expert's matrix in it, (expert,) or (expert, 0 for gate and 1 for up); () is the whole tensor.
     """
 
     name: str
-    expert: int | None = None
+    index: tuple[int, ...] = ()
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -62,8 +66,7 @@ def _layer_shapes(config: ModelConfig, layer: int, prefix: str) -> dict[str, Sha
     shapes[f"{prefix}.mlp.gate.weight"] = (moe.num_experts, hidden)
     if moe.score_bias:
         shapes[f"{prefix}.mlp.gate.e_score_correction_bias"] = (moe.num_experts,)
-    for name in ("gate_proj", "up_proj"):
-        shapes[f"{prefix}.mlp.experts.{name}"] = (moe.num_experts, moe.ffn_hidden_size, hidden)
+    shapes[f"{prefix}.mlp.experts.gate_up_proj"] = (moe.num_experts, 2, moe.ffn_hidden_size, hidden)
     shapes[f"{prefix}.mlp.experts.down_proj"] = (moe.num_experts, hidden, moe.ffn_hidden_size)
     if moe.num_shared_experts:
         width = moe.num_shared_experts * moe.ffn_hidden_size
@@ -105,17 +108,18 @@ def _gqa_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes | {"o_proj.weight": (hidden, a.num_heads * head_dim)}
 
 
-def to_huggingface_name(name: str, config: ModelConfig, expert: int | None = None) -> str:
-    """Hugging Face's name of the tensor ``name``, or of one expert's matrix in it."""
+def to_huggingface_name(name: str, config: ModelConfig, index: tuple[int, ...] = ()) -> str:
+    """Hugging Face's name of the tensor ``name``, or of the matrix ``index`` in it (see :class:`Place`)."""
     if found := _EXPERT.fullmatch(name):
-        assert expert is not None, f"{name} holds a matrix for each expert; say which"
-        name = f"{found[1]}.{expert}.{found[2]}.weight"
+        assert index, f"{name} holds a matrix for each expert; say which"
+        projection = found[2] if len(index) == 1 else _GATE_UP[index[1]]
+        name = f"{found[1]}.{index[0]}.{projection}.weight"
     if name == "lm_head.weight":
         return name
     if not name.startswith("mtp."):
         return f"model.{name}"
-    _, index, rest = name.split(".", 2)
-    layer = config.num_layers + int(index)
+    _, mtp, rest = name.split(".", 2)
+    layer = config.num_layers + int(mtp)
     rest = rest.removeprefix("layer.") if rest.startswith("layer.") else _MTP_NAMES.get(rest, rest)
     return f"model.layers.{layer}.{rest}"
 
@@ -123,26 +127,32 @@ def to_huggingface_name(name: str, config: ModelConfig, expert: int | None = Non
 def from_huggingface_name(hf_name: str, config: ModelConfig) -> Place:
     """Where the tensor ``hf_name`` belongs. The inverse of :func:`to_huggingface_name`; it need not exist."""
     name = hf_name.removeprefix("model.")
-    expert = None
+    index: tuple[int, ...] = ()
     if found := _HF_EXPERT.fullmatch(name):
-        name, expert = f"{found[1]}.{found[3]}", int(found[2])
+        expert, projection = int(found[2]), found[3]
+        fused = projection in _GATE_UP
+        index = (expert, _GATE_UP.index(projection)) if fused else (expert,)
+        name = f"{found[1]}.{'gate_up_proj' if fused else projection}"
     layer = re.match(r"layers\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= config.num_layers:
-        index, rest = int(layer[1]) - config.num_layers, name[layer.end() :]
+        mtp, rest = int(layer[1]) - config.num_layers, name[layer.end() :]
         own = {theirs: ours for ours, theirs in _MTP_NAMES.items()} | {same: same for same in _MTP_OWN}
-        name = f"mtp.{index}.{own[rest]}" if rest in own else f"mtp.{index}.layer.{rest}"
-    return Place(name, expert)
+        name = f"mtp.{mtp}.{own[rest]}" if rest in own else f"mtp.{mtp}.layer.{rest}"
+    return Place(name, index)
 
 
 def huggingface_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Name and shape of every tensor that a Hugging Face checkpoint of the model must have."""
     shapes: dict[str, Shape] = {}
     for name, shape in parameter_shapes(config).items():
-        if _EXPERT.fullmatch(name):
-            shapes |= {to_huggingface_name(name, config, expert): shape[1:] for expert in range(shape[0])}
-        else:
-            shapes[to_huggingface_name(name, config)] = shape
+        for index in matrices(shape):
+            shapes[to_huggingface_name(name, config, index)] = shape[-2:]
     return shapes
+
+
+def matrices(shape: Shape) -> Iterator[tuple[int, ...]]:
+    """The index of every matrix in a tensor of ``shape``; a vector or a matrix has one, ()."""
+    return itertools.product(*map(range, shape[:-2]))
 
 
 def copied_tensors(config: ModelConfig) -> dict[str, str]:

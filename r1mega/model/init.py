@@ -7,7 +7,8 @@ that a rank draws its experts only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,17 @@ def local_slices(parameter: Tensor, coordinates: Mapping[str, int] | None = None
     return tuple(slice(start, stop) for start, stop in ranges)
 
 
+def local_matrices(slices: tuple[slice, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The matrices of a shard of more than two dimensions: index in the shard, index in the whole tensor.
+
+    Args:
+        slices: which part the shard is (:func:`local_slices`).
+    """
+    leading = [range(part.start, part.stop) for part in slices[:-2]]
+    for index in itertools.product(*leading):
+        yield tuple(i - part.start for i, part in zip(index, leading, strict=True)), index
+
+
 def _draw(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -66,13 +78,11 @@ def initialize(stage: nn.Module, config: ModelConfig, seed: int) -> None:
             shard.zero_()
         elif parameter.dim() == 1:
             shard.fill_(1.0)
-        elif parameter.dim() == 2:
-            if shard.numel():
-                shard.copy_(_draw(name, parameter.shape, config.init_std, seed)[slices])
-        else:
-            for row, expert in enumerate(range(slices[0].start, slices[0].stop)):
-                matrix = _draw(f"{name}.{expert}", parameter.shape[1:], config.init_std, seed)
-                shard[row].copy_(matrix[slices[1:]])
+        elif shard.numel():
+            for here, index in local_matrices(slices):
+                matrix_name = ".".join([name, *map(str, index)])
+                matrix = _draw(matrix_name, parameter.shape[-2:], config.init_std, seed)
+                shard[here].copy_(matrix[slices[-2:]])
     for module in stage.modules():
         if isinstance(module, Router):
             if module.e_score_correction_bias is not None:

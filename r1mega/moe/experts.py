@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
 from r1mega.config import MoEConfig
-from r1mega.kernels.linear import grouped_linear, grouped_linears
+from r1mega.kernels.linear import grouped_linear
 from r1mega.kernels.parameter import WeightGradients
-from r1mega.kernels.swiglu import swiglu
+from r1mega.kernels.swiglu import weighted_swiglu
 from r1mega.parallel_state import ParallelState
 from r1mega.tensor_parallel.layers import cut_parameter
 
@@ -37,10 +37,10 @@ class Experts(nn.Module):
         self.weight_gradients: WeightGradients | None = None
         experts, width = config.num_experts, config.ffn_hidden_size
         mesh = state.expert_mesh["ep", "etp"]
-        column, row = [Shard(0), Shard(1)], [Shard(0), Shard(2)]
-        self.gate_proj = cut_parameter((experts, width, hidden_size), mesh, column, dtype, device)
-        self.up_proj = cut_parameter((experts, width, hidden_size), mesh, column, dtype, device)
-        self.down_proj = cut_parameter((experts, hidden_size, width), mesh, row, dtype, device)
+        cut = [Shard(0), Shard(2)]
+        # gate and up in one tensor: one grouped product, not two
+        self.gate_up_proj = cut_parameter((experts, 2, width, hidden_size), mesh, cut, dtype, device)
+        self.down_proj = cut_parameter((experts, hidden_size, width), mesh, cut, dtype, device)
 
     def forward(self, rows_RH: Tensor, weights_R: Tensor, counts: Sequence[int]) -> Tensor:
         """Run each row through its expert.
@@ -54,5 +54,5 @@ class Experts(nn.Module):
             ``[R, H]``.
         """
         store = self.weight_gradients
-        gate_RF, up_RF = grouped_linears(rows_RH, (self.gate_proj, self.up_proj), counts, store)
-        return grouped_linear(swiglu(gate_RF, up_RF, weights_R), self.down_proj, counts, store)
+        gate_up_RF = grouped_linear(rows_RH, self.gate_up_proj, counts, store)
+        return grouped_linear(weighted_swiglu(gate_up_RF, weights_R), self.down_proj, counts, store)

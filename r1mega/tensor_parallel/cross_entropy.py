@@ -23,14 +23,12 @@ def vocab_parallel_cross_entropy(logits_TV: Tensor, labels_T: Tensor, group: Pro
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """Softmax over this rank's part in one pass; the parts are put together by their log-sum-exp."""
+
     @staticmethod
     def forward(ctx, logits_TV, labels_T, group):
         logits = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         parallel = group.size() > 1
-        maximum = logits.amax(dim=1)
-        if parallel:
-            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        logits.sub_(maximum.unsqueeze(1))
         rows = labels_T.unsqueeze(1)
         elsewhere = None
         if parallel:
@@ -38,23 +36,29 @@ class _CrossEntropy(torch.autograd.Function):
             elsewhere = (rows < 0) | (rows >= logits.shape[1])
             rows = rows.masked_fill(elsewhere, 0)
         target = logits.gather(1, rows)
-        if parallel:
+        if elsewhere is not None:
             target = target.masked_fill(elsewhere, 0)
-        total = logits.exp_().sum(dim=1)
-        target = target.squeeze(1)
+        target, maximum = target.squeeze(1), logits.amax(dim=1)
+        probabilities = torch.softmax(logits, dim=1, out=logits)
+        local_lse = maximum - probabilities.amax(dim=1).log()
+        lse, share = local_lse, None
         if parallel:
-            both = torch.stack([total, target])
+            largest = local_lse.clone()
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            both = torch.stack([(local_lse - largest).exp(), target])
             dist.all_reduce(both, group=group)
             total, target = both.unbind()
-        ctx.exponentials, ctx.total, ctx.rows, ctx.elsewhere = logits, total, rows, elsewhere
+            lse = largest + total.log()
+            share = (local_lse - lse).exp()
+        ctx.probabilities, ctx.share, ctx.rows, ctx.elsewhere = probabilities, share, rows, elsewhere
         ctx.dtype = logits_TV.dtype
-        return total.log() - target
+        return lse - target
 
     @staticmethod
     def backward(ctx, grad_T):
-        gradient, ctx.exponentials = ctx.exponentials, None
+        gradient, ctx.probabilities = ctx.probabilities, None
         assert gradient is not None, "this backward runs once: the logits were overwritten by their gradient"
-        gradient.mul_((grad_T / ctx.total).unsqueeze(1))
+        gradient.mul_((grad_T if ctx.share is None else grad_T * ctx.share).unsqueeze(1))
         of_target = -grad_T.unsqueeze(1)
         if ctx.elsewhere is not None:
             of_target = of_target.masked_fill(ctx.elsewhere, 0)

@@ -19,6 +19,7 @@ from r1mega.parallel_state import ParallelState
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 
 def shard(stage: nn.Module, state: ParallelState, dtype: torch.dtype) -> None:
@@ -62,6 +63,8 @@ def shard(stage: nn.Module, state: ParallelState, dtype: torch.dtype) -> None:
         unit.set_gradient_divide_factor(1.0)
         # Without this FSDP multiplies inside the reduction (PREMUL_SUM), which gloo does not know.
         unit.set_force_sum_reduction_for_comms(True)
+        if not casts:
+            _gather_once_a_step(unit, stage)
     assert isinstance(stage, FSDPModule)
     stage.set_requires_gradient_sync(False)
     stage.set_reshard_after_backward(False)
@@ -118,6 +121,29 @@ def reduce_gradients(stage: nn.Module) -> None:
         group.reduce_grads = group.reshard_after_backward = False
 
 
+def _gather_once_a_step(unit: FSDPModule, stage: nn.Module) -> None:
+    """Gather the parameters of ``unit`` in the first forward of a step, and do nothing in all others.
+
+    FSDP's own hooks put nodes into the graph of every microbatch, to look after gradients that are another type than
+    the parameters. Without a cast there is nothing for them to do: on two ranks of a small model they took 5 % of a
+    step.
+    """
+    state = unit._get_fsdp_state()
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+
+    def gather(module: nn.Module, inputs: object) -> None:
+        assert isinstance(stage, FSDPModule)
+        stage._get_fsdp_state()._lazy_init()
+        for group in _groups_of(state):
+            if not group.is_unsharded:
+                group.unshard()
+                group.wait_for_unshard()
+
+    assert isinstance(unit, nn.Module)
+    unit.register_forward_pre_hook(gather)
+
+
 def _make_dtensors(stage: nn.Module, mesh: DeviceMesh) -> None:
     """Give plain parameters the form that FSDP would give them on a mesh of one rank."""
     made: dict[nn.Parameter, nn.Parameter] = {}
@@ -152,12 +178,12 @@ def _owns_experts(module: nn.Module) -> bool:
 
 
 def _expert_placement(num_shards: int) -> Callable[[nn.Parameter], Shard]:
-    """Cut experts [experts, rows, columns] by expert; by rows where the experts do not divide but the rows do."""
+    """Cut [experts, ..., rows, columns] by expert; by rows where the experts do not divide but the rows do."""
 
     def placement(parameter: nn.Parameter) -> Shard:
         assert isinstance(parameter, DTensor)
-        num_experts, rows, _ = parameter.to_local().shape
-        return Shard(1 if num_experts % num_shards and rows % num_shards == 0 else 0)
+        num_experts, rows = parameter.to_local().shape[0], parameter.to_local().shape[-2]
+        return Shard(parameter.dim() - 2 if num_experts % num_shards and rows % num_shards == 0 else 0)
 
     return placement
 
@@ -169,10 +195,13 @@ def _parameter_groups(stage: FSDPModule) -> Iterator[FSDPParamGroup]:
     ``perform_reduce_grad``) takes this private way, too. A module had one group up to torch 2.11, several since.
     """
     for state in stage._get_fsdp_state()._state_ctx.all_states:
-        if hasattr(state, "_fsdp_param_groups"):
-            yield from state._fsdp_param_groups
-        elif state._fsdp_param_group is not None:
-            yield state._fsdp_param_group
+        yield from _groups_of(state)
+
+
+def _groups_of(state: FSDPState) -> list[FSDPParamGroup]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _fill_missing_gradients(group: FSDPParamGroup) -> None:

@@ -89,12 +89,10 @@ def answer_of_transformers(model: nn.Module, tokens: Tensor, labels: Tensor) -> 
 
 
 def translate(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """Name in transformers (where gate and up of all experts are one tensor) to r1mega's names."""
+    """Name in transformers (whose gate and up stand one below the other) to r1mega's names."""
     name = name.removeprefix("model.")
     if name.endswith("experts.gate_up_proj"):
-        gate, up = tensor.chunk(2, dim=1)
-        prefix = name.removesuffix("gate_up_proj")
-        return [(f"{prefix}gate_proj", gate), (f"{prefix}up_proj", up)]
+        return [(name, tensor.unflatten(1, (2, -1)))]
     return [(name, tensor)]
 
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from r1mega.kernels.attention import causal_attention
-from r1mega.kernels.linear import grouped_linear, grouped_linears, linear, linears
+from r1mega.kernels.linear import grouped_linear, linear, linears
 from r1mega.kernels.permute import combine, map_rows, pad_rows, permute
 from r1mega.kernels.rms_norm import rms_norm
-from r1mega.kernels.swiglu import swiglu
+from r1mega.kernels.swiglu import swiglu, weighted_swiglu
 from r1mega.pipeline.weight_gradient import WeightGradientStore
 
 
@@ -34,13 +34,17 @@ def test_grouped_linear_is_a_product_an_expert_with_empty_experts_allowed():
 
 
 def test_several_products_of_one_input_equal_them_one_by_one():
-    x, weights, experts, counts = random(6, 3), (random(4, 3), random(2, 3)), (random(2, 4, 3), random(2, 5, 3)), [2, 4]
+    x, weights = random(6, 3), (random(4, 3), random(2, 3))
     for actual, weight in zip(linears(x, weights), weights, strict=True):
         torch.testing.assert_close(actual, F.linear(x, weight))
-    for actual, weight in zip(grouped_linears(x, experts, counts), experts, strict=True):
-        torch.testing.assert_close(actual, grouped_linear(x, weight, counts))
     assert gradcheck(lambda x, *weights: linears(x, weights), (x, *weights))
-    assert gradcheck(lambda x, *experts: grouped_linears(x, experts, counts), (x, *experts))
+
+
+def test_a_grouped_weight_of_two_parts_gives_their_products_side_by_side():
+    x, both, counts = random(6, 3), random(2, 2, 4, 3), [2, 4]
+    expected = torch.cat([grouped_linear(x, both[:, part], counts) for part in range(2)], dim=1)
+    torch.testing.assert_close(grouped_linear(x, both, counts), expected)
+    assert gradcheck(lambda x, both: grouped_linear(x, both, counts), (x, both))
 
 
 @pytest.mark.parametrize("deferred", [False, True])
@@ -68,9 +72,10 @@ def test_a_store_gets_the_weight_gradient_that_autograd_would_get(deferred):
 def test_swiglu_equals_its_formula_and_passes_gradcheck():
     gate, up, weight = random(4, 3), random(4, 3, seed=1), random(4)
     torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
-    torch.testing.assert_close(swiglu(gate, up, weight), F.silu(gate) * up * weight[:, None])
+    both = torch.cat([gate, up], dim=1).detach().requires_grad_()
+    torch.testing.assert_close(weighted_swiglu(both, weight), F.silu(gate) * up * weight[:, None])
     assert gradcheck(swiglu, (gate, up))
-    assert gradcheck(swiglu, (gate, up, weight))
+    assert gradcheck(weighted_swiglu, (both, weight))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

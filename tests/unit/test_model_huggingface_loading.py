@@ -23,6 +23,7 @@ from r1mega.model.huggingface_names import (
     copied_tensors,
     from_huggingface_name,
     huggingface_shapes,
+    matrices,
     parameter_shapes,
     to_huggingface_name,
 )
@@ -69,9 +70,9 @@ def test_names_and_shapes_are_those_of_the_model_and_map_both_ways(config):
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(stage).items()}
     assert shapes == parameter_shapes(config)
     for name, shape in shapes.items():
-        for expert in range(shape[0]) if len(shape) == 3 else [None]:
-            hf_name = to_huggingface_name(name, config, expert)
-            assert from_huggingface_name(hf_name, config) == Place(name, expert)
+        for index in matrices(shape):
+            hf_name = to_huggingface_name(name, config, index)
+            assert from_huggingface_name(hf_name, config) == Place(name, index)
             assert hf_name in huggingface_shapes(config)
 
 
@@ -79,7 +80,7 @@ def test_an_mtp_layer_is_the_layer_after_the_last():
     assert to_huggingface_name("mtp.0.norm.weight", DEEPSEEK) == "model.layers.2.shared_head.norm.weight"
     assert to_huggingface_name("mtp.0.eh_proj.weight", DEEPSEEK) == "model.layers.2.eh_proj.weight"
     hf_name = "model.layers.2.mlp.experts.3.up_proj.weight"
-    assert to_huggingface_name("mtp.0.layer.mlp.experts.up_proj", DEEPSEEK, 3) == hf_name
+    assert to_huggingface_name("mtp.0.layer.mlp.experts.gate_up_proj", DEEPSEEK, (3, 1)) == hf_name
     assert copied_tensors(DEEPSEEK)["model.layers.2.shared_head.head.weight"] == "lm_head.weight"
 
 
@@ -104,10 +105,10 @@ def test_fp8_blocks_are_multiplied_back_partial_last_blocks_too(tmp_path):
         quantised = tensors[name].to(torch.float8_e4m3fn)
         whole = quantised.to(torch.float32) * torch.kron(scale, torch.ones(128, 128))[:rows, :columns]
         place = from_huggingface_name(name, DEEPSEEK)
-        if place.expert is None:
+        if not place.index:
             expected[place.name] = whole
         else:
-            expected[place.name][place.expert] = whole
+            expected[place.name][place.index] = whole
         tensors |= {name: quantised, f"{name}_scale_inv": scale}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((tmp_path / "config.json").read_text())

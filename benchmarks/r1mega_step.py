@@ -40,13 +40,14 @@ from r1mega.config import (
 from r1mega.data.batch import Batch
 from r1mega.kernels.parameter import local
 from r1mega.model.init import local_slices
-from r1mega.moe.balance import update_router_bias
+from r1mega.moe.balance import named_routers, update_router_bias
 from r1mega.moe.router import Router
 from r1mega.optim.adamw import AdamW
 from r1mega.optim.gradients import Gradients
 from r1mega.parallel_state import Layout, ParallelState
+from r1mega.train.schedule import build_table
 from r1mega.train.sharding import named_shards
-from r1mega.train.trainer import build_executor, build_stages
+from r1mega.train.stages import build_executor, build_stages
 
 
 def model_config(workload: Workload) -> ModelConfig:
@@ -99,11 +100,13 @@ class R1megaTrainer:
         num_sequences = workload.num_microbatches * self.state.size("dp")
         self.tokens_per_step = num_sequences * workload.sequence_length
         config.train = TrainConfig(global_batch_size=num_sequences)
-        self.stages = build_stages(config, self.state)
+        table = build_table(config.parallel, workload.num_microbatches)
+        self.stages = build_stages(config, self.state, table)
         for stage in self.stages.values():
             fill_initial_weights(stage)
-        self.executor = build_executor(config, self.state, self.stages)
+        self.executor = build_executor(table, self.stages, self.state)
         parameters = named_shards(self.stages.values())
+        self.routers = named_routers(self.stages.values())
         self.gradients = Gradients(parameters, self.state)
         self.optimizer = AdamW(parameters, config.optimizer)
         mine = microbatches_of(workload, self.state.rank_in("dp"))
@@ -115,8 +118,7 @@ class R1megaTrainer:
         self.gradients.finish()
         norm = self.gradients.norm()
         self.optimizer.step(self.learning_rate)
-        for stage in self.stages.values():
-            update_router_bias(stage, self.state)
+        update_router_bias(self.routers, self.state)
         return float(metrics.get("loss", 0.0)), norm
 
 

@@ -35,8 +35,8 @@ sys.path.insert(0, str(ROOT))
 from r1mega.cli import main, report
 from r1mega.config import Config, ConfigError, ParallelConfig
 from r1mega.data.check import check_data
-from r1mega.model.blocks import place_blocks
 from r1mega.settings import parse_config
+from r1mega.train.schedule import check_pipeline
 
 USUAL_PROCESSES = 4
 GIVES_LAYOUT = re.compile(r"--(config|parallel\.(tp|pp|cp|ep|etp))(=|$)")
@@ -80,7 +80,7 @@ def launch(arguments: list[str]) -> int:
     config = parse_config(settings(arguments))
     processes = number_of_processes(config.parallel)
     config.validate(processes)
-    place_blocks(config.model, config.parallel, config.data.sequence_length, config.parallel.pp)
+    check_pipeline(config, processes)
     prepare_data(config)
     check_data(config)
     if Path(config.train.output_dir).exists():

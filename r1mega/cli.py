@@ -1,4 +1,4 @@
-"""The command line: ``r1mega pretrain | layout | model | export``.
+"""The command line: ``r1mega pretrain | layout | model | export | simulate``.
 
 A command is a function ``(arguments) -> exit status`` in :data:`COMMANDS`. Settings are parsed and checked before torch
 is imported, so that a mistake costs half a second. A mistake is one line on stderr, from rank 0, and exit status 2.
@@ -226,11 +226,19 @@ def export_command(argv: list[str]) -> int:
     return 0
 
 
+def simulate_command(argv: list[str]) -> int:
+    """time pipeline schedules and draw them"""
+    from r1mega.simulate_command import simulate_command
+
+    return simulate_command(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain_command,
     "layout": layout_command,
     "model": model_command,
     "export": export_command,
+    "simulate": simulate_command,
 }
 
 if __name__ == "__main__":

@@ -301,6 +301,11 @@ class ModelConfig:
         return self.moe.num_experts > 0 and layer >= self.first_dense_layers
 
 
+SCHEDULE_NAMES = (
+    "gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "zb-h2", "zbv", "v-half", "v-min", "dualpipe", "dualpipev",
+)  # fmt: skip
+
+
 @dataclass
 class ParallelConfig:
     """How the processes share the work. Data parallelism takes what is left of the world.
@@ -311,7 +316,10 @@ class ParallelConfig:
         cp: context parallel size; the model refuses more than 1 for now.
         ep: expert parallel size.
         etp: tensor parallel size inside an expert.
-        schedule: pipeline schedule.
+        schedule: pipeline schedule: gpipe, 1f1b, interleaved, looped-bfs, zb-h1, zb-h2, zbv, v-half, v-min, dualpipe,
+            dualpipev; or a table of your own, FILE.csv (`r1mega simulate --help`).
+        recompute: keep only the inputs of each stage in the forward, and compute it again right before the backward.
+        chunks: interleaved, looped-bfs: stages that a rank holds; null means 2. The others have their own number.
         placement: which block sits on which stage, for people who place layers themselves: ``E`` embedding, ``t``
             decoder layer, ``m`` MTP layer, ``L`` output head and loss, ``|`` between stages, ``t*3`` for ``ttt``;
             for example ``Et*3|t*4|t*4mL``. Null lets r1mega cut by cost.
@@ -322,8 +330,23 @@ class ParallelConfig:
     cp: int = 1
     ep: int = 1
     etp: int = 1
-    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    schedule: str = "1f1b"
+    recompute: bool = False
+    chunks: int | None = None
     placement: str | None = None
+
+    def __post_init__(self) -> None:
+        known = self.schedule in SCHEDULE_NAMES or self.schedule.endswith(".csv")
+        require(
+            known,
+            "parallel.schedule",
+            self.schedule,
+            f"must be one of {', '.join(SCHEDULE_NAMES)}, or a table, FILE.csv",
+        )
+        if self.chunks is not None:
+            _require_positive("parallel", self, "chunks")
+            what_fits = f"{self.schedule} has its own number of stages a rank; for interleaved and looped-bfs only"
+            require(self.schedule in ("interleaved", "looped-bfs"), "parallel.chunks", self.chunks, what_fits)
 
 
 @dataclass

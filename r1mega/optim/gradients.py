@@ -13,53 +13,46 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from r1mega.optim.copies import Copies
 from r1mega.parallel_state import ParallelState
 
-SHARED_PARAMETER = "embed_tokens.weight"
 NORM_BLOCK = 1024
 
 
 class Gradients:
-    """The gradients of all parameters of one rank. Building it is a collective call.
+    """The gradients of all parameters of one rank.
 
     Args:
         parameters: names and shards, as :func:`r1mega.train.sharding.named_shards` gives them.
         state: the layout's groups.
+        copies: which of them other stages hold, too; None finds out, by a collective call over the world.
     """
 
-    def __init__(self, parameters: Sequence[tuple[str, DTensor]], state: ParallelState) -> None:
-        self._state = state
+    def __init__(
+        self, parameters: Sequence[tuple[str, DTensor]], state: ParallelState, copies: Copies | None = None
+    ) -> None:
+        self._state, self._named = state, list(parameters)
+        self._copies = Copies([name for name, _ in parameters], state) if copies is None else copies
         self._parameters = [parameter for _, parameter in parameters]
         self._whole = [parameter for parameter in self._parameters if _is_whole_on_tp(parameter)]
-        self._copies = [parameter for name, parameter in parameters if name == SHARED_PARAMETER]
-        holders = _stages_with_copy(bool(self._copies), state)
-        self._copies_group = _copies_group(holders, state)
-        self._counted = self._counted_once(first_holder=min(holders, default=0))
+        self._counted = self._counted_once()
 
-    def _counted_once(self, first_holder: int) -> list[DTensor]:
+    def _counted_once(self) -> list[DTensor]:
         """The parameters that this rank adds to the norm, so that over all ranks each element is there once."""
         left_out = set() if self._state.rank_in("tp") == 0 else set(map(id, self._whole))
-        first = 1 if self._state.rank_in("pp") == first_holder else 0
-        left_out |= set(map(id, self._copies[first:]))
-        return [parameter for parameter in self._parameters if id(parameter) not in left_out]
+        first_here = {name: parameter for name, parameter in reversed(self._named)}
+        return [
+            parameter
+            for name, parameter in self._named
+            if id(parameter) not in left_out and parameter is first_here[name] and self._copies.is_first_holder(name)
+        ]
 
     @torch.no_grad()
     def finish(self) -> None:
         """Complete the gradients that data parallelism has summed: over ``tp``, and over copies on other stages."""
         if self._state.size("tp") > 1:
             _all_reduce_together(_local_gradients(self._whole), self._state.group("tp"))
-        if self._copies_group is not None or len(self._copies) > 1:
-            self._sum_copies()
-
-    def _sum_copies(self) -> None:
-        copies = _local_gradients(self._copies)
-        if not copies:
-            return
-        total = torch.stack(copies).sum(0) if len(copies) > 1 else copies[0].contiguous()
-        if self._copies_group is not None:
-            dist.all_reduce(total, group=self._copies_group)
-        for copy in copies:
-            copy.copy_(total)
+        self._copies.sum([(name, local_gradient(parameter)) for name, parameter in self._named])
 
     @torch.no_grad()
     def norm(self) -> float:
@@ -127,23 +120,3 @@ def _all_reduce_together(tensors: list[Tensor], group: ProcessGroup) -> None:
     dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
-
-
-def _stages_with_copy(has_copy: bool, state: ParallelState) -> list[int]:
-    """Pipeline ranks that hold ``embed_tokens.weight``."""
-    flag = torch.tensor([int(has_copy)], device=state.device)
-    flags = [torch.empty_like(flag) for _ in range(state.size("pp"))]
-    dist.all_gather(flags, flag, group=state.group("pp"))
-    return [stage for stage, held in enumerate(flags) if held.item()]
-
-
-def _copies_group(holders: list[int], state: ParallelState) -> ProcessGroup | None:
-    """The group of this rank for the sum over copies; None where there is one copy or this rank has none."""
-    if len(holders) < 2:
-        return None
-    found = None
-    for ranks in state.layout.groups("pp"):
-        members = [ranks[holder] for holder in holders]
-        group = dist.new_group(members)
-        found = group if state.rank in members else found
-    return found

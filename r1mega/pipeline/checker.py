@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from r1mega.pipeline.actions import PER_STEP, Action, Kind, ScheduleError, Table
+from r1mega.pipeline.actions import PER_STEP, Action, Kind, Overlap, ScheduleError, Table
 from r1mega.pipeline.transfers import Message, Program, programs
 
 __all__ = ["Report", "ScheduleError", "check", "check_transfers"]
@@ -55,7 +55,8 @@ def _check_complete(table: Table) -> None:
     """Every F, every B or else I and W, and every R, exactly once."""
     if table.num_microbatches == 0:
         raise ScheduleError(0, None, "there is no microbatch")
-    everywhere = [set(table.microbatches_of(stage)) for stage in range(table.num_stages)]
+    of_copy = [set(table.microbatches_of(copy * table.stages_per_copy)) for copy in range(table.num_copies)]
+    everywhere = [of_copy[stage // table.stages_per_copy] for stage in range(table.num_stages)]
     for rank in range(table.num_ranks):
         found: set[Action] = set()
         for action in table.actions(rank):
@@ -93,8 +94,11 @@ def _require(rank: int, found: set[Action], action: Action) -> None:
 
 
 def _check_order(table: Table) -> None:
-    """F before C before B or I, I before W, R after everything of its stage but the O."""
+    """F before C before B or I, I before W, R after everything of its stage but the O; no B inside its own F."""
     for rank in range(table.num_ranks):
+        for cell in table.rows[rank]:
+            if isinstance(cell, Overlap) and cell.forward[1:] == cell.backward[1:]:
+                raise ScheduleError(rank, cell.backward, f"overlaps its own forward, {cell.forward}")
         present = set(table.actions(rank))
         done: set[Action] = set()
         for action in table.actions(rank):

@@ -189,7 +189,7 @@ class PipelineExecutor:
             with self.weight_gradients.deferred(stage, microbatch):
                 return self._backward(action, taken)
         if kind is Kind.C:
-            self._compute_again(action, microbatches[microbatch])
+            self._compute_again(action, microbatches[microbatch], metrics)
         elif kind is Kind.W:
             self.weight_gradients.run(stage, microbatch)
         elif kind is Kind.R and self._reduce_gradients is not None:
@@ -204,24 +204,25 @@ class PipelineExecutor:
         key, stage = action[1:], self.stages[action.stage]
         if torch.is_grad_enabled() and key in self._recomputed:
             self._inputs[key] = inputs, _RandomState(inputs)
+            if self.table.next_stage(action.stage) is None:
+                return ()  # nobody waits for a result: the C computes it
             with torch.no_grad():
                 output = stage(inputs, microbatch)
             # without a graph nobody knows yet which of them need a gradient
-            output.activations = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in output.activations)
-        else:
-            output = stage(inputs, microbatch)
-            if torch.is_grad_enabled():
-                self._saved[key] = _Saved.of(inputs, output)
-        for name, value in output.metrics.items():
-            value = value.detach()
-            metrics[name] = metrics[name] + value if name in metrics else value
+            return tuple(t.detach().requires_grad_(t.is_floating_point()) for t in output.activations)
+        output = stage(inputs, microbatch)
+        if torch.is_grad_enabled():
+            self._saved[key] = _Saved.of(inputs, output)
+        _add_metrics(metrics, output.metrics)
         return output.activations
 
-    def _compute_again(self, action: Action, microbatch: Any) -> None:
+    def _compute_again(self, action: Action, microbatch: Any, metrics: dict[str, Tensor]) -> None:
         key = action[1:]
         inputs, random_state = self._inputs.pop(key)
         with random_state.restored():
-            self._saved[key] = _Saved.of(inputs, self.stages[action.stage](inputs, microbatch), recomputed=True)
+            output = self.stages[action.stage](inputs, microbatch)
+        self._saved[key] = _Saved.of(inputs, output, recomputed=True)
+        _add_metrics(metrics, output.metrics)
 
     def _backward(self, action: Action, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         saved = self._saved.pop(action[1:])
@@ -249,3 +250,8 @@ class PipelineExecutor:
         else:
             assert self._transport is not None
             self._transport.send(message, tensors)
+
+
+def _add_metrics(metrics: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, value in more.items():
+        metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()

@@ -35,14 +35,14 @@ def partition(blocks: list[Block], num_stages: int) -> list[list[Block]]:
     stage costs); of these the one whose first stage holds most blocks, then the second, and so on.
 
     Raises:
-        ConfigError: there are more stages than layers; names ``parallel.pp``.
+        ConfigError: there are more stages than layers.
     """
     num_layers = sum(block.kind in "tm" for block in blocks)
     num_decoder_layers = sum(block.kind == "t" for block in blocks)
-    require(num_stages > 0, "parallel.pp", num_stages, "must be positive")
+    require(num_stages > 0, "pipeline stages", num_stages, "must be positive")
     require(
         num_stages <= num_layers,
-        "parallel.pp", num_stages,
+        "pipeline stages", num_stages,
         f"more stages than layers: model.num_layers ({num_decoder_layers}) and model.num_mtp_layers "
         f"({num_layers - num_decoder_layers}) make {num_layers}; use at most {num_layers}",
     )  # fmt: skip
@@ -96,7 +96,7 @@ def parse_placement(text: str, blocks: list[Block], num_stages: int) -> list[lis
         return ConfigError(f"parallel.placement={text}: {reason}")
 
     if len(stages) != num_stages:
-        raise fail(f"has {len(stages)} stages, parallel.pp asks for {num_stages}")
+        raise fail(f"has {len(stages)} stages, the schedule has {num_stages}")
     for number, stage in enumerate(stages):
         if not stage:
             raise fail(f"stage {number} (counted from 0) is empty")

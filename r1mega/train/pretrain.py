@@ -15,7 +15,6 @@ from torch import Tensor
 
 from r1mega.config import Config
 from r1mega.data.check import check_data
-from r1mega.model.blocks import place_blocks
 from r1mega.model.huggingface import resolve_model_config
 from r1mega.parallel_state import Layout, ParallelState
 from r1mega.settings import is_first_rank, world_size_from_environment
@@ -25,6 +24,7 @@ from r1mega.train.process_group import Peers, start_process_group
 from r1mega.train.progress import ProgressPrinter
 from r1mega.train.run_folder import LOAD_PICTURE, LOSS_PICTURE, lock_folder, prepare_folder
 from r1mega.train.sampling import sample_text
+from r1mega.train.schedule import check_pipeline
 from r1mega.train.summary import summary
 from r1mega.train.trainer import Trainer, TrainingError
 
@@ -93,7 +93,7 @@ def check_settings(config: Config) -> Config:
     """Check all that can be checked without another process; the settings with the model of ``model.checkpoint``."""
     config = dataclasses.replace(config, model=resolve_model_config(config.model))
     config.validate(world_size_from_environment())
-    place_blocks(config.model, config.parallel, config.data.sequence_length, config.parallel.pp)
+    check_pipeline(config, world_size_from_environment())
     check_data(config, contents=os.environ.get("LOCAL_RANK", "0") == "0")
     return config
 
@@ -157,6 +157,7 @@ def _sample(trainer: Trainer) -> str | None:
         return None
     return sample_text(
         trainer.stages,
+        trainer.executor.table,
         trainer.state,
         trainer.tokenizer,
         config.train.sample_prompt,

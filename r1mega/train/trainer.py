@@ -16,22 +16,21 @@ from r1mega.config import Config
 from r1mega.data.dataset import build_dataset
 from r1mega.data.loader import StepLoader
 from r1mega.data.tokenizer import Tokenizer
-from r1mega.model.blocks import place_blocks
+from r1mega.kernels.parameter import local
 from r1mega.model.huggingface import load_huggingface
 from r1mega.model.init import initialize
-from r1mega.model.stage import build_stage
-from r1mega.moe.balance import max_over_mean, update_router_bias
+from r1mega.moe.balance import max_over_mean, named_routers, update_router_bias
 from r1mega.optim.adamw import AdamW
+from r1mega.optim.copies import Copies
 from r1mega.optim.gradients import Gradients
 from r1mega.optim.schedule import learning_rate
 from r1mega.parallel_state import ParallelState
-from r1mega.pipeline.executor import PipelineExecutor
-from r1mega.pipeline.schedules import SCHEDULES
 from r1mega.train.checkpoint import Checkpointer, Progress, load
 from r1mega.train.run_folder import CHECKPOINT_FOLDER
-from r1mega.train.sharding import named_shards, reduce_gradients, reshard, shard
+from r1mega.train.schedule import build_table, num_microbatches
+from r1mega.train.sharding import named_shards, reshard
+from r1mega.train.stages import build_executor, build_stages
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 LOAD_STEPS = 20
 
 
@@ -50,7 +49,8 @@ class Trainer:
 
     def __init__(self, config: Config, state: ParallelState, checkpoint: Path | None = None) -> None:
         self.config, self.state = config, state
-        self.stages = build_stages(config, state)
+        table = build_table(config.parallel, num_microbatches(config, state.size("dp")))
+        self.stages = build_stages(config, state, table)
         for stage in self.stages.values():
             if checkpoint is None and config.model.checkpoint is not None:
                 load_huggingface(stage, config.model, config.model.checkpoint)
@@ -58,10 +58,12 @@ class Trainer:
                 initialize(stage, config.model, config.train.seed)
         self.parameters = named_shards(self.stages.values())
         self.optimizer = AdamW(self.parameters, config.optimizer)
-        self.gradients = Gradients(self.parameters, state)
+        self.routers = named_routers(self.stages.values())
+        self.copies = Copies([name for name, _ in [*self.parameters, *self.routers]], state)
+        self.gradients = Gradients(self.parameters, state, self.copies)
         self.progress = Progress(0, 0) if checkpoint is None else self._load(checkpoint)
         self.checkpointer = Checkpointer(Path(config.train.output_dir) / CHECKPOINT_FOLDER, config)
-        self.executor = build_executor(config, state, self.stages)
+        self.executor = build_executor(table, self.stages, state)
         self.tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer is not None else None
         self.loader = self._loader(config.data.train, config.train.num_steps, prefetch=True)
         self.valid_loader = None
@@ -117,9 +119,10 @@ class Trainer:
     def _load(self, checkpoint: Path) -> Progress:
         progress = load(checkpoint, training_tensors(self.stages.values(), self.optimizer))
         first: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, parameter in self.parameters:
-                parameter.to_local().copy_(first.setdefault(name, parameter.to_local()))
+        buffers = [named for stage in self.stages.values() for named in stage.named_buffers()]
+        with torch.no_grad():  # further copies of a tensor on this rank
+            for name, tensor in [*self.parameters, *buffers]:
+                local(tensor).copy_(first.setdefault(name, local(tensor)))
         self.optimizer.copy_to_duplicates()
         self.optimizer.num_steps = progress.step
         return progress
@@ -133,9 +136,7 @@ class Trainer:
         )
 
     def _update_router_bias(self) -> dict[str, Tensor]:
-        loads: dict[str, Tensor] = {}
-        for stage in self.stages.values():
-            loads |= update_router_bias(stage, self.state)
+        loads = update_router_bias(self.routers, self.state, self.copies)
         self.recent_loads.append(loads)
         return loads
 
@@ -155,26 +156,6 @@ class Trainer:
         if self.state.layout.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
-
-
-def build_stages(config: Config, state: ParallelState) -> dict[int, nn.Module]:
-    """This rank's stages by number: cut, sharded, allocated, not yet initialised."""
-    number, dtype = state.rank_in("pp"), DTYPES[config.train.dtype]
-    placed = place_blocks(config.model, config.parallel, config.data.sequence_length, state.size("pp"))
-    # With bfloat16 the parameters are float32 master weights, and are cast when FSDP gathers them.
-    stored = torch.float32 if dtype == torch.bfloat16 else dtype
-    stage = build_stage(config.model, state, placed[number], stored, device="meta")
-    shard(stage, state, dtype)
-    stage.to_empty(device=state.device)
-    return {number: stage}
-
-
-def build_executor(config: Config, state: ParallelState, stages: Mapping[int, nn.Module]) -> PipelineExecutor:
-    """The executor of the schedule that the settings name."""
-    num_microbatches = config.train.global_batch_size // (state.size("dp") * config.train.microbatch_size)
-    table = SCHEDULES[config.parallel.schedule](state.size("pp"), num_microbatches)
-    group = state.group("pp") if state.size("pp") > 1 else None
-    return PipelineExecutor(table, stages, group, lambda number: reduce_gradients(stages[number]))
 
 
 def metric_names(config: Config) -> list[str]:

@@ -15,10 +15,11 @@ from r1mega.pipeline.actions import Table
 from r1mega.pipeline.checker import check
 from r1mega.pipeline.executor import PipelineError, PipelineExecutor, StageOutput
 from r1mega.pipeline.plain import PlainStage
-from r1mega.pipeline.schedules import SCHEDULES, gpipe, one_f_one_b
+from r1mega.pipeline.schedules import SCHEDULES, gpipe, make_table, one_f_one_b
 from tests.distributed.pool import WorkerPool
 
 WIDTH = 6
+ONE_COPY = [name for name in SCHEDULES if name != "dualpipe"]  # the stages of train_mlp follow one another
 
 # Zero-bubble tables by hand: two ranks; four ranks; and four stages in a V on two ranks, where activations and
 # gradients share each direction. In the last one rank 1 uses its messages in another order than rank 0 sends them.
@@ -149,17 +150,17 @@ def assert_same_as_one_process(results: list[Result], table: Table) -> None:
 
 
 @pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(2, 1), (2, 5), (4, 3), (4, 8)])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ONE_COPY)
 def test_gradients_equal_those_of_one_process_with_changing_shapes(
     pool: WorkerPool, name: str, num_ranks: int, num_microbatches: int
 ) -> None:
-    table = SCHEDULES[name](num_ranks, num_microbatches)
+    table = make_table(name, num_ranks, num_microbatches)
     assert_same_as_one_process(pool.run(train_mlp, num_ranks, table, False), table)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ONE_COPY)
 def test_one_rank_needs_no_process_group(name: str) -> None:
-    table = SCHEDULES[name](1, 4)
+    table = make_table(name, 1, 4)
     assert_same_as_one_process([train_mlp(0, 1, table, False)], table)
 
 

@@ -14,13 +14,14 @@ from r1mega.kernels.parameter import local
 from r1mega.model.blocks import place_blocks
 from r1mega.model.init import initialize, local_slices
 from r1mega.model.stage import build_stage
-from r1mega.moe.balance import update_router_bias
+from r1mega.moe.balance import named_routers, update_router_bias
 from r1mega.optim.adamw import AdamW
+from r1mega.optim.copies import Copies
 from r1mega.optim.gradients import Gradients
 from r1mega.parallel_state import Layout, ParallelState
-from r1mega.pipeline.executor import PipelineExecutor
-from r1mega.pipeline.schedules import SCHEDULES
-from r1mega.train.sharding import named_shards, reduce_gradients, shard
+from r1mega.train.schedule import build_table
+from r1mega.train.sharding import named_shards, shard
+from r1mega.train.stages import build_executor
 
 LENGTH = 16
 GLOBAL_BATCH = 8
@@ -107,50 +108,51 @@ def train(rank: int, world_size: int, job: Job) -> Report:
     """Train on this rank; the report of rank 0 is the whole truth."""
     parallel = job.parallel
     state = ParallelState(Layout.from_config(parallel, world_size))
-    placed = place_blocks(job.model, parallel, LENGTH, parallel.pp)
+    num_microbatches = GLOBAL_BATCH // state.size("dp") // job.microbatch_size
+    table = build_table(parallel, num_microbatches)
+    placed = place_blocks(job.model, parallel, LENGTH, table.stages_per_copy)
     stored = torch.float32 if job.dtype == torch.bfloat16 else job.dtype  # master weights
-    stage = build_stage(job.model, state, placed[state.rank_in("pp")], stored)
-    shard(stage, state, job.dtype)
-    stage.to_empty(device="cpu")
-    initialize(stage, job.model, seed=0)
-    parameters = named_shards([stage])
-    optimizer, gradients = AdamW(parameters, job.optimizer), Gradients(parameters, state)
+    stages = {}
+    for number in table.stages_of(state.rank_in("pp")):
+        stage = stages[number] = build_stage(job.model, state, placed[number % table.stages_per_copy], stored)
+        shard(stage, state, job.dtype)
+        stage.to_empty(device="cpu")
+        initialize(stage, job.model, seed=0)
+    parameters, routers = named_shards(stages.values()), named_routers(stages.values())
+    copies = Copies([name for name, _ in [*parameters, *routers]], state)
+    optimizer, gradients = AdamW(parameters, job.optimizer), Gradients(parameters, state, copies)
     if job.sabotage is not None:
         job.sabotage(gradients)
-    num_microbatches = GLOBAL_BATCH // state.size("dp") // job.microbatch_size
-    table = SCHEDULES[parallel.schedule](parallel.pp, num_microbatches)
-    group = state.group("pp") if parallel.pp > 1 else None
-    stages = {state.rank_in("pp"): stage}
-    executor = PipelineExecutor(table, stages, group, lambda index: reduce_gradients(stages[index]))
+    executor = build_executor(table, stages, state)
     report = Report()
     for step in range(job.num_steps):
         metrics = executor.run(microbatches(job, state, step))
         gradients.finish()
         norm = gradients.norm()
         if job.keep_gradients:
-            report.gradients.append(_merge({name: parameter.grad for name, parameter in parameters}, report))
+            report.gradients.append(_merge([(name, parameter.grad) for name, parameter in parameters], report))
         gradients.clip(norm, job.optimizer.clip_grad)
         optimizer.step(job.optimizer.learning_rate)
-        update_router_bias(stage, state)
+        update_router_bias(routers, state, copies)
         report.losses.append(_sum_over_ranks(metrics))
         report.norms.append(norm)
-    report.parameters = _merge(dict(parameters), report)
-    biases = {name: buffer for name, buffer in stage.named_buffers() if name.endswith("bias")}
+    report.parameters = _merge(parameters, report)
+    buffers = [named for stage in stages.values() for named in stage.named_buffers()]
+    biases = [(name, buffer) for name, buffer in buffers if name.endswith("bias")]
     report.biases = _merge(biases, report)
     return report if rank == 0 else Report()
 
 
-def _merge(mine: dict[str, torch.Tensor], report: Report) -> dict[str, torch.Tensor]:
+def _merge(mine: list[tuple[str, torch.Tensor]], report: Report) -> dict[str, torch.Tensor]:
     """Put the ranks' shards together on rank 0; notes in the report where two ranks disagree on an element."""
-    shards = {
-        name: (tuple(tensor.shape), local_slices(tensor), local(tensor).detach().clone())
-        for name, tensor in mine.items()
-    }
-    everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
+    shards = [
+        (name, tuple(tensor.shape), local_slices(tensor), local(tensor).detach().clone()) for name, tensor in mine
+    ]
+    everyone: list[list] = [[] for _ in range(dist.get_world_size())]
     dist.gather_object(shards, everyone if dist.get_rank() == 0 else None)
     merged: dict[str, torch.Tensor] = {}
     for part in everyone:
-        for name, (shape, slices, shard_) in part.items():
+        for name, shape, slices, shard_ in part:
             whole = merged.setdefault(name, torch.full(shape, torch.nan, dtype=shard_.dtype))
             known = ~whole[slices].isnan()
             if not torch.allclose(whole[slices][known], shard_[known], rtol=1e-9, atol=1e-12):

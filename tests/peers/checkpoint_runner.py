@@ -20,7 +20,7 @@ from r1mega.model.stage import build_stage
 from r1mega.optim.gradients import Gradients
 from r1mega.parallel_state import Layout, ParallelState
 from r1mega.pipeline.executor import PipelineExecutor
-from r1mega.pipeline.schedules import SCHEDULES
+from r1mega.pipeline.schedules import make_table
 from r1mega.train.sharding import named_shards, reduce_gradients, shard
 
 
@@ -69,7 +69,7 @@ def answer_on_rank(
     first = state.rank_in("dp") * per_rank
 
     def execute(num_microbatches: int, labels: Tensor | None) -> dict[str, Tensor]:
-        table = SCHEDULES[parallel.schedule](parallel.pp, num_microbatches)
+        table = make_table(parallel.schedule, parallel.pp, num_microbatches, parallel.chunks)
         executor = PipelineExecutor(table, {number: stage}, group, lambda _: reduce_gradients(stage))
         size = per_rank // num_microbatches
         rows = [slice(start, start + size) for start in range(first, first + per_rank, size)]

@@ -174,7 +174,8 @@ def test_every_setting_without_its_last_letter_is_found_again() -> None:
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert error_line(capsys, ["pretain"]) == "unknown command pretain; must be one of pretrain, layout, model, export"
+    known = "pretrain, layout, model, export, simulate"
+    assert error_line(capsys, ["pretain"]) == f"unknown command pretain; must be one of {known}"
 
 
 @pytest.mark.parametrize("argv", [["export"], ["export", "run"], ["layout"], ["layout", "--world_size", "x"]])

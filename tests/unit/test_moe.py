@@ -118,7 +118,7 @@ def test_the_bias_moves_towards_an_even_load_and_the_counts_restart(state):
     router = filled(Router(4, MoEConfig(num_experts=4, top_k=1, bias_update_rate=0.5), state, torch.float32, "cpu"))
     router.e_score_correction_bias.zero_()
     router.tokens_per_expert.copy_(torch.tensor([7, 3, 4, 2]))
-    load = update_router_bias(torch.nn.ModuleDict({"gate": router}), state)
+    load = update_router_bias([("gate", router)], state)
     assert router.e_score_correction_bias.tolist() == [-0.5, 0.5, 0.0, 0.5]
     assert router.tokens_per_expert.tolist() == [0] * 4
     assert max_over_mean(load["gate"]).item() == pytest.approx(7 / 4)

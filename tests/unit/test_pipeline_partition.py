@@ -67,7 +67,7 @@ def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         partition(model(3, 1), 5)
     assert str(caught.value) == (
-        "parallel.pp=5: more stages than layers: "
+        "pipeline stages=5: more stages than layers: "
         "model.num_layers (3) and model.num_mtp_layers (1) make 4; use at most 4"
     )
 
@@ -83,7 +83,7 @@ def test_a_placement_is_followed_to_the_letter() -> None:
 @pytest.mark.parametrize(
     ("text", "num_stages", "message"),
     [
-        ("Et*2|tL", 3, "has 2 stages, parallel.pp asks for 3"),
+        ("Et*2|tL", 3, "has 2 stages, the schedule has 3"),
         ("Et*3||L", 3, "stage 1 (counted from 0) is empty"),
         ("Et*2|L", 2, "places 2 of t (decoder layers), the model has 3"),
         ("Et*3|tL", 2, "places 4 of t (decoder layers), the model has 3"),

@@ -1,17 +1,18 @@
-"""Schedule tables, their generators and the checker."""
+"""Schedule tables and the checker."""
 
 from __future__ import annotations
 
-import graphlib
 import itertools
 import random
+from collections import Counter
+from collections.abc import Iterator
 from itertools import chain
 
 import pytest
 
-from r1mega.pipeline.actions import Action, Kind, ScheduleError, Table
+from r1mega.pipeline.actions import PER_STEP, Action, Kind, Overlap, ScheduleError, Table
 from r1mega.pipeline.checker import check, check_transfers
-from r1mega.pipeline.schedules import SCHEDULES, gpipe, one_f_one_b
+from r1mega.pipeline.schedules import SCHEDULES, gpipe, make_table, one_f_one_b, with_recomputation
 from r1mega.pipeline.transfers import programs
 
 # Four stages in a V on two ranks, the backward split: activations and gradients share each direction.
@@ -31,14 +32,6 @@ def refusal(broken: Table) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_every_generator_makes_a_table_that_passes_for_every_size(name: str) -> None:
-    for num_ranks, num_microbatches in itertools.product(range(1, 17), [*range(1, 9), 12, 15, 16, 17, 23, 24]):
-        made = SCHEDULES[name](num_ranks, num_microbatches)
-        assert (made.num_ranks, made.num_microbatches) == (num_ranks, num_microbatches)
-        check(made)
-
-
 def test_one_f_one_b_peak_activations_equal_the_distance_to_the_end_of_the_pipeline() -> None:
     for p, m in itertools.product(range(1, 9), range(1, 13)):
         assert check(one_f_one_b(p, m)).peak_activations == [min(p - rank, m) for rank in range(p)]
@@ -51,13 +44,6 @@ def test_gpipe_peak_activations_equal_the_number_of_microbatches() -> None:
 
 def test_activations_of_a_split_backward_are_held_until_the_weight_gradient() -> None:
     assert check(table("0F0 0I0 0F1 0I1 0W0 0W1 0R")).peak_activations == [2]
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_each_row_ends_the_work_of_a_stage_with_its_reduction(name: str) -> None:
-    for rank, row in enumerate(SCHEDULES[name](4, 6).rows):
-        assert row[-1] == Action(Kind.R, rank)
-        assert [action.microbatch for action in row if action.kind is Kind.B] == list(range(6))
 
 
 def test_a_table_survives_csv_and_prints_one_line_a_rank() -> None:
@@ -96,6 +82,9 @@ def test_csv_that_is_no_table_is_refused(csv: str, message: str) -> None:
         (["0F0 0W0 0I0 0R"], "rank 0, action 0W0: comes before 0I0"),
         (["0F0 0I0 0R 0W0"], "rank 0, action 0W0: comes after 0R"),
         (["0F0 0B0 0R", ""], "rank 1: holds no stage"),
+        (["(0F0;0B0) 0R"], "rank 0, action 0B0: overlaps its own forward, 0F0"),
+        (["0F0 0B0 0C0 0R"], "rank 0, action 0B0: comes before 0C0"),
+        (["0F0 0B0 0O 0R"], "rank 0, action 0O: comes before 0R"),
         (["0R"], "rank 0: there is no microbatch"),
         (["1F0 0F0 0B0 1B0 0R 1R"], "rank 0, action 1F0: deadlock: rank 0 waits in 1F0 for the activations"),
     ],
@@ -161,69 +150,81 @@ def test_a_message_is_acknowledged_by_what_its_receiver_sends_later() -> None:
 
 
 def damaged(original: Table, chance: random.Random) -> Table:
-    """``original`` with one or two swaps, drops or duplicates."""
+    """``original`` with one or two swaps, drops, duplicates or overlaps taken apart."""
     rows = [list(row) for row in original.rows]
     for _ in range(chance.randint(1, 2)):
         row = chance.choice(rows)
         a, b = chance.randrange(len(row)), chance.randrange(len(row))
         kind = chance.choice(["swap", "swap", "drop", "duplicate"])
-        if kind == "swap":
+        if isinstance(row[a], Overlap) and chance.random() < 0.2:
+            row[a : a + 1] = row[a]
+        elif kind == "swap":
             row[a], row[b] = row[b], row[a]
         elif kind == "drop" and len(row) > 1:
             del row[a]
         else:
             row.insert(a, row[b])
-    return Table(original.stage_to_rank, rows)
+    return Table(original.stage_to_rank, rows, original.num_copies)
 
 
-def can_run(broken: Table, original: Table) -> bool:
-    """The same verdict by other means: same actions, and a graph of all dependencies without a cycle."""
-    if any(sorted(a) != sorted(b) for a, b in zip(map(key, broken.rows), map(key, original.rows), strict=True)):
+def completes(broken: Table, original: Table) -> bool:
+    """The same verdict by other means: the ranks do the same actions as before, and none waits for ever.
+
+    A recomputation may go: the forward then keeps what the backward needs. Runs the rows in rounds, an action as soon
+    as all that it needs was done in an earlier cell of any rank.
+    """
+    if any(counted(broken, rank) != counted(original, rank) for rank in range(original.num_ranks)):
         return False
-    actions = {action for row in original.rows for action in row}
-    graph = graphlib.TopologicalSorter()
-    for row in broken.rows:
-        for before, after in itertools.pairwise(row):
-            graph.add(after, before)
-    for action in actions:
-        graph.add(action, *(other for other in actions if depends(action, other)))
-    try:
-        graph.prepare()
-    except graphlib.CycleError:
-        return False
-    return True
+    everything = {action for rank in range(broken.num_ranks) for action in broken.actions(rank)}
+    cells = [[tuple(cell) if isinstance(cell, Overlap) else (cell,) for cell in row] for row in broken.rows]
+    done: set[Action] = set()
+    moved = True
+    while moved:
+        moved = False
+        for row in cells:
+            while row and all(done.issuperset(needs(action, everything, original)) for action in row[0]):
+                done.update(row.pop(0))
+                moved = True
+    return done == everything
 
 
-def key(row: list[Action]) -> list[str]:
-    return [str(action) for action in row]
+def counted(table: Table, rank: int) -> Counter[Action]:
+    """How often a rank does each action, but for recomputations that it does once."""
+    counts = Counter(table.actions(rank))
+    return Counter({action: count for action, count in counts.items() if action.kind is not Kind.C or count > 1})
 
 
-def depends(action: Action, other: Action) -> bool:
-    if action.kind is Kind.R:
-        return other.stage == action.stage and other.kind is not Kind.R
-    backward = (Kind.B, Kind.I)
-    if action.microbatch != other.microbatch:
-        return False
-    if action.kind is Kind.F:
-        return other.kind is Kind.F and other.stage == action.stage - 1
-    if action.kind in backward:
-        same = other.stage == action.stage and other.kind is Kind.F
-        return same or (other.stage == action.stage + 1 and other.kind in backward)
-    return other.stage == action.stage and other.kind is Kind.I
+def needs(action: Action, everything: set[Action], table: Table) -> Iterator[Action]:
+    kind, stage, microbatch = action
+    if kind is Kind.R:
+        yield from (other for other in everything if other.stage == stage and other.kind not in PER_STEP)
+    wanted = {
+        Kind.F: [(Kind.F, table.previous_stage(stage))],
+        Kind.C: [(Kind.F, stage)],
+        Kind.W: [(Kind.I, stage)],
+    }.get(
+        kind, [(Kind.F, stage), (Kind.C, stage), (Kind.B, table.next_stage(stage)), (Kind.I, table.next_stage(stage))]
+    )
+    yield from (other for each, at in wanted if (other := Action(each, at, microbatch)) in everything)
 
 
 def test_random_damage_is_refused_unless_the_table_can_still_run() -> None:
     chance = random.Random(1)
     verdicts = {True: 0, False: 0}
-    for _ in range(1500):
-        size = chance.randint(1, 4), chance.randint(1, 6)
-        original = chance.choice([gpipe(*size), one_f_one_b(*size), Table.from_csv(V_SPLIT)])
+    for _ in range(3000):
+        name = chance.choice([*SCHEDULES, "by hand"])
+        original = Table.from_csv(V_SPLIT)
+        if name != "by hand":
+            original = make_table(name, chance.randint(1, 4), chance.randint(1, 6))
+        if chance.random() < 0.2:
+            original = with_recomputation(original)
         broken = damaged(original, chance)
         try:
             check(broken)
-            accepted = True
+            # without its last microbatch a table is a good one again, but for other microbatches than are there
+            accepted = broken.num_microbatches == original.num_microbatches
         except ScheduleError:
             accepted = False
-        assert accepted == can_run(broken, original), f"\n{broken}"
+        assert accepted == completes(broken, original), f"\n{broken}"
         verdicts[accepted] += 1
-    assert min(verdicts.values()) > 50, "both verdicts must be met"
+    assert min(verdicts.values()) > 200, "both verdicts must be met"

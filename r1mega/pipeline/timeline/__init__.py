@@ -1,0 +1,1 @@
+"""Pictures of a simulated schedule: ``terminal`` (text), ``picture`` (PNG) and ``trace`` (for Perfetto)."""

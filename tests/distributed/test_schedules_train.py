@@ -1,0 +1,40 @@
+"""Every schedule trains the tiny mixture of experts with the gradients of a single process."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from r1mega.config import ParallelConfig
+from r1mega.pipeline.schedules import SCHEDULES
+from tests.distributed.test_same_numbers import assert_same
+from tests.distributed.training import Job, Report, tiny_model, train
+
+NUM_STEPS = 2
+
+
+@functools.cache
+def expected(pool, num_layers: int) -> Report:
+    return pool.run(train, 1, Job(model=tiny_model(num_layers=num_layers), num_steps=NUM_STEPS))[0]
+
+
+def check(pool, world_size: int, parallel: ParallelConfig, num_layers: int = 4) -> None:
+    job = Job(tiny_model(num_layers=num_layers), parallel, NUM_STEPS, microbatch_size=1)
+    assert_same(pool.run(train, world_size, job)[0], expected(pool, num_layers))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_on_two_ranks(pool, schedule):
+    check(pool, 2, ParallelConfig(pp=2, schedule=schedule))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_on_four_ranks_with_expert_parallelism_and_fsdp(pool, schedule):
+    """dp=2: FSDP2 cuts what is dense, ep=2 the experts."""
+    check(pool, 4, ParallelConfig(pp=2, ep=2, schedule=schedule))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_on_a_pipeline_of_four_ranks_with_recomputation(pool, schedule):
+    check(pool, 4, ParallelConfig(pp=4, schedule=schedule, recompute=True), num_layers=8)

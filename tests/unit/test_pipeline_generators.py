@@ -1,0 +1,154 @@
+"""What every generator of schedules promises, for any number of ranks, chunks and microbatches."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from r1mega.config import SCHEDULE_NAMES, ConfigError, ParallelConfig
+from r1mega.pipeline.actions import Action, Kind, Overlap, Table
+from r1mega.pipeline.checker import check
+from r1mega.pipeline.schedules import (
+    SCHEDULES,
+    dualpipe,
+    dualpipev,
+    interleaved,
+    looped_bfs,
+    make_table,
+    with_recomputation,
+    zb_h1,
+    zb_h2,
+    zbv,
+)
+
+SMALL = list(itertools.product(range(1, 7), range(1, 9)))
+
+
+def cells(table: Table, rank: int) -> list[tuple[Action, ...]]:
+    return [tuple(cell) if isinstance(cell, Overlap) else (cell,) for cell in table.rows[rank]]
+
+
+def assert_keeps_the_promises(table: Table, num_ranks: int, num_microbatches: int, chunks: int) -> None:
+    check(table)
+    assert (table.num_ranks, table.num_microbatches) == (num_ranks, num_microbatches)
+    for rank in range(num_ranks):
+        assert len(table.stages_of(rank)) == chunks
+        row = cells(table, rank)
+        for stage in table.stages_of(rank):
+            for kinds in ((Kind.B, Kind.I), (Kind.W,), (Kind.B, Kind.W)):
+                order = [a.microbatch for a in itertools.chain(*row) if a.stage == stage and a.kind in kinds]
+                assert order == sorted(order), f"stage {stage} must add up gradients in the order of microbatches"
+            reduction = row.index((Action(Kind.R, stage),))
+            before = next(cell for cell in row[reduction::-1] if cell[0].kind is not Kind.R)
+            work_left = any(a.stage == stage for cell in row[reduction + 1 :] for a in cell)
+            assert not work_left
+            assert any(a.stage == stage for a in before) or not table.microbatches_of(stage)
+
+
+def test_ten_thousand_random_tables_keep_all_promises() -> None:
+    chance = random.Random(2)
+    for _ in range(10_000):
+        name, num_ranks = chance.choice(list(SCHEDULES)), chance.randint(1, 16)
+        # a few tables as large as in real life, the others large enough to show every phase of a few ranks
+        large = chance.random() < 0.01
+        chunks = SCHEDULES[name].chunks or chance.randint(1, 5 if large else min(5, 32 // num_ranks))
+        most = 3 * num_ranks if large else max(2, 32 // (num_ranks * chunks))
+        num_microbatches = chance.randint(1, most)
+        made = make_table(name, num_ranks, num_microbatches, chunks)
+        assert_keeps_the_promises(made, num_ranks, num_microbatches, chunks)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_small_size_runs_with_and_without_recomputation(name: str) -> None:
+    for num_ranks, num_microbatches in SMALL:
+        made = make_table(name, num_ranks, num_microbatches)
+        assert_keeps_the_promises(made, num_ranks, num_microbatches, SCHEDULES[name].chunks or 2)
+        check(with_recomputation(made))
+
+
+def test_each_backward_is_computed_again_right_before_it_and_once_only() -> None:
+    for name in SCHEDULES:
+        again = with_recomputation(make_table(name, 4, 9))
+        for rank in range(4):
+            row = cells(again, rank)
+            computed = [action for cell in row for action in cell if action.kind is Kind.C]
+            assert len(computed) == len(set(computed)) == len([a for cell in row for a in cell if a.kind is Kind.F])
+            for before, cell in itertools.pairwise(row):
+                if cell[-1].kind in (Kind.B, Kind.I):
+                    assert before == (cell[-1]._replace(kind=Kind.C),)
+        assert with_recomputation(again) == again
+
+
+def test_recomputation_leaves_one_microbatch_of_activations_where_the_backward_is_whole() -> None:
+    for name in ("gpipe", "1f1b", "interleaved", "looped-bfs"):
+        assert check(with_recomputation(make_table(name, 4, 9))).peak_activations == [1] * 4
+
+
+def test_small_tables_are_these() -> None:
+    assert str(interleaved(2, 2)) == (
+        "rank 0: 0F0 0F1 2F0 2F1 2B0 2B1 2R  0B0 0B1 0R\nrank 1: 1F0 1F1 3F0 3B0 3F1 3B1 3R  1B0 1B1 1R"
+    )
+    assert str(looped_bfs(1, 2)) == "rank 0: 0F0 0F1 1F0 1F1 1B0 1B1 1R  0B0 0B1 0R"
+    assert str(zb_h1(2, 3)) == (
+        "rank 0: 0F0 0F1 0I0 0W0 0F2 0I1 0W1 0I2 0W2 0R\nrank 1: 1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2 1R"
+    )
+    assert str(zb_h2(2, 3)) == (
+        "rank 0: 0F0 0F1 0F2 0I0 0W0 0I1 0W1 0I2 0W2 0R\nrank 1: 1F0 1I0 1F1 1I1 1F2 1I2 1W0 1W1 1W2 1R"
+    )
+    assert zbv(2, 3).to_csv() == (
+        "0F0,0F1,0F2,3F0,3I0,3W0,3F1,3I1,3W1,0I0,0W0,3F2,3I2,0I1,3W2,3R,0I2,0W1,0W2,0R\n"
+        "1F0,2F0,1F1,2F1,2I0,2W0,1F2,1I0,1W0,2F2,2I1,1I1,2I2,1I2,2W1,1W1,2W2,2R,1W2,1R\n"
+    )
+    assert dualpipe(2, 8).to_csv() == (
+        "0F0,3F4,0F1,3B4,(3F5;0B0),(0F2;3B5),(3F6;0B1),(0F3;3B6),(3F7;0B2),3B7,3R,0I3,0W3,0R\n"
+        "2F4,1F0,2F5,1B0,(1F1;2B4),(2F6;1B1),(1F2;2B5),(2F7;1B2),(1F3;2B6),1B3,1R,2I7,2W7,2R\n"
+    )
+
+
+def test_a_forward_overlaps_a_backward_of_the_other_stream_wherever_both_are_under_way() -> None:
+    for made, pairs in ((dualpipe(8, 40), 20 - 4), (dualpipev(4, 20), 20 - 4)):
+        for rank in range(made.num_ranks):
+            overlaps = [cell for cell in made.rows[rank] if isinstance(cell, Overlap)]
+            assert len(overlaps) >= 2 * (pairs - made.num_ranks // 2)
+            assert all(forward.stage != backward.stage for forward, backward in overlaps)
+            assert {backward.kind for _, backward in overlaps} == {Kind.B}
+
+
+def loads_of(table: Table) -> Iterator[int]:
+    return (sum(action.kind is Kind.F for action in table.actions(rank)) for rank in range(table.num_ranks))
+
+
+def test_an_incomplete_group_of_interleaved_microbatches_adds_its_own_work_only() -> None:
+    for num_ranks, num_microbatches in SMALL:
+        assert set(loads_of(interleaved(num_ranks, num_microbatches, 3))) == {3 * num_microbatches}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("interleave", 2, 2), "there is no schedule 'interleave'; did you mean interleaved?"),
+        (("ZBV", 2, 2), "there is no schedule 'ZBV'; did you mean zbv?"),
+        (("?", 2, 2), "there is no schedule '?'; There are gpipe, 1f1b"),
+        (("zbv", 2, 2, 3), "a rank of zbv holds 2 stages, not 3; interleaved and looped-bfs take any number of chunks"),
+        (("1f1b", 2, 2, 2), "a rank of 1f1b holds 1 stage, not 2"),
+        (("interleaved", 2, 2, 0), "a schedule needs a stage on each rank at least, not 0"),
+        *(((name, 0, 2), "a schedule needs a rank at least, not 0") for name in SCHEDULES),
+        *(((name, 2, 0), "a schedule needs a microbatch at least, not 0") for name in SCHEDULES),
+    ],
+)
+def test_what_cannot_run_is_refused_with_what_would_fit(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        make_table(*arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_settings_accept_every_schedule_by_name() -> None:
+    assert tuple(SCHEDULES) == SCHEDULE_NAMES
+    assert ParallelConfig(schedule="interleaved", chunks=3).chunks == 3
+    with pytest.raises(ConfigError, match=r"^parallel.chunks=0: must be positive$"):
+        ParallelConfig(schedule="interleaved", chunks=0)
+    with pytest.raises(ConfigError, match=r"^parallel.chunks=3: zbv has its own number of stages a rank"):
+        ParallelConfig(schedule="zbv", chunks=3)

@@ -9,8 +9,11 @@ from r1mega.config import ModelConfig
 from r1mega.model.attention import build_attention
 from r1mega.moe.layer import MoELayer
 from r1mega.parallel_state import ParallelState
+from r1mega.pipeline.exchange import Steps, keeping
 from r1mega.tensor_parallel.feed_forward import FeedForward
 from r1mega.tensor_parallel.layers import Linear, RMSNorm
+
+LayerSteps = Steps[tuple[Tensor, dict[str, Tensor]]]
 
 
 class DecoderLayer(nn.Module):
@@ -36,8 +39,10 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = FeedForward(hidden, config.ffn_hidden_size, state, dtype, device)
 
-    def forward(self, hidden_TH: Tensor, length: int, num_sequences: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the new residual stream and the losses of the layer by name.
+    def forward(self, hidden_TH: Tensor, length: int, num_sequences: int) -> LayerSteps:
+        """Steps (:mod:`r1mega.pipeline.exchange`) that return the new residual stream and the losses by name.
+
+        A generator, so that the layer can pause while its tokens are on their way to the experts and back.
 
         Args:
             hidden_TH: ``[T / tp, H]``.
@@ -48,7 +53,7 @@ class DecoderLayer(nn.Module):
         normed = self.post_attention_layernorm(hidden_TH)
         if isinstance(self.mlp, FeedForward):
             return hidden_TH + self.mlp(normed), {}
-        output, losses = self.mlp(normed, length, num_sequences)
+        (output, losses), (hidden_TH,) = yield from keeping(self.mlp.steps(normed, length, num_sequences), hidden_TH)
         return hidden_TH + output, losses
 
 
@@ -67,10 +72,8 @@ class MTPLayer(nn.Module):
         self.layer = DecoderLayer(config, config.num_layers + index, state, dtype, device)
         self.norm = RMSNorm(hidden, config.norm_eps, dtype, device)
 
-    def forward(
-        self, hidden_TH: Tensor, embedded_TH: Tensor, length: int, num_sequences: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the normalised hidden states, ready for the head, and the losses of the layer.
+    def forward(self, hidden_TH: Tensor, embedded_TH: Tensor, length: int, num_sequences: int) -> LayerSteps:
+        """Steps that return the normalised hidden states, ready for the head, and the losses of the layer.
 
         Args:
             hidden_TH: ``[T / tp, H]``, normalised hidden states of the model or of the MTP layer before.
@@ -79,5 +82,5 @@ class MTPLayer(nn.Module):
             num_sequences: sequences of the whole global batch.
         """
         both = torch.cat([self.enorm(embedded_TH), self.hnorm(hidden_TH)], dim=-1)
-        hidden_TH, losses = self.layer(self.eh_proj(both), length, num_sequences)
+        hidden_TH, losses = yield from self.layer(self.eh_proj(both), length, num_sequences)
         return self.norm(hidden_TH), losses

@@ -13,6 +13,7 @@ from r1mega.config import ModelConfig
 from r1mega.data.batch import Batch
 from r1mega.model.decoder import DecoderLayer, MTPLayer
 from r1mega.parallel_state import ParallelState
+from r1mega.pipeline.exchange import Steps, at_once, keeping
 from r1mega.pipeline.executor import StageOutput
 from r1mega.pipeline.partition import Block
 from r1mega.tensor_parallel.collectives import gather_tokens, reduce_scatter_tokens
@@ -34,6 +35,8 @@ class Stage(nn.Module):
         device: of the parameters.
     """
 
+    can_step = True
+
     def __init__(
         self, config: ModelConfig, state: ParallelState, blocks: Sequence[Block], dtype: torch.dtype, device: str
     ) -> None:
@@ -52,32 +55,41 @@ class Stage(nn.Module):
         if self.lm_head is not None and self.embed_tokens is not None and config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, activations: tuple[Tensor, ...], batch: Batch) -> StageOutput:
-        """Run one microbatch.
+    def forward(
+        self, activations: tuple[Tensor, ...], batch: Batch, stepwise: bool = False
+    ) -> StageOutput | Steps[StageOutput]:
+        """Run one microbatch; ``stepwise`` returns it as steps (:mod:`r1mega.pipeline.exchange`).
 
         Without labels the last stage returns ``metrics["logits"]``, ``[tokens, vocabulary]``, and no loss.
         """
+        steps = self._steps(activations, batch)
+        if stepwise:
+            return steps
+        output, router_losses = at_once(steps)
+        output.losses = (*router_losses, *output.losses)
+        return output
+
+    def _steps(self, activations: tuple[Tensor, ...], batch: Batch) -> Steps[StageOutput]:
         losses: dict[str, list[Tensor]] = defaultdict(list)
-        streams = self._run_blocks(activations, batch, losses)
+        streams = yield from self._run_blocks(activations, batch, losses)
         if self.is_last and batch.labels is None:
             return StageOutput(metrics={"logits": self._logits(streams[0])})
-        metrics = {name: torch.stack(values).sum().detach() for name, values in losses.items()}
-        router_losses = tuple(loss for values in losses.values() for loss in values)
+        metrics = {name: torch.stack(values).sum() for name, values in losses.items()}
         if not self.is_last:
-            return StageOutput(streams, router_losses, metrics)
+            return StageOutput(streams, (), metrics)
         main, *ahead = (self._prediction_loss(hidden, depth, batch) for depth, hidden in enumerate(streams))
         metrics |= self._prediction_metrics(main, ahead)
         mtp_losses = (loss * (self.config.mtp_loss_coefficient / len(ahead)) for loss in ahead)
-        return StageOutput((), (*router_losses, main, *mtp_losses), metrics)
+        return StageOutput((), (main, *mtp_losses), metrics)
 
     def _run_blocks(
         self, activations: tuple[Tensor, ...], batch: Batch, losses: dict[str, list[Tensor]]
-    ) -> tuple[Tensor, ...]:
-        """Everything but the head; what the stage hands on. Router losses are added to ``losses``."""
+    ) -> Steps[tuple[Tensor, ...]]:
+        """Everything but the head; what the stage hands on. Router losses are added to ``losses``, detached."""
         length = batch.tokens.shape[1]
         streams = (self._embed(batch.tokens),) if self.is_first else activations
         for layer in self.layers.values():
-            hidden, layer_losses = layer(streams[0], length, batch.num_sequences)
+            hidden, layer_losses = yield from layer(streams[0], length, batch.num_sequences)
             streams = (hidden,)
             _collect(losses, layer_losses)
         if self.norm is not None:
@@ -89,7 +101,8 @@ class Stage(nn.Module):
             streams = tuple(stream.clone() for stream in streams)
         for index, layer in self.mtp.items():
             embedded = self._embed(_ahead(batch.labels, int(index)))
-            hidden, layer_losses = layer(streams[-1], embedded, length, batch.num_sequences)
+            steps = layer(streams[-1], embedded, length, batch.num_sequences)
+            (hidden, layer_losses), streams = yield from keeping(steps, *streams)
             streams = (*streams, hidden)
             _collect(losses, layer_losses)
         return streams
@@ -135,7 +148,7 @@ def _ahead(values: Tensor, steps: int) -> Tensor:
 
 def _collect(losses: dict[str, list[Tensor]], more: dict[str, Tensor]) -> None:
     for name, loss in more.items():
-        losses[name].append(loss)
+        losses[name].append(loss.detach())
 
 
 def build_stage(

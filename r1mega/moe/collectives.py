@@ -1,12 +1,12 @@
-"""The dispatcher's messages, each with its backward. Row counts differ from rank to rank.
+"""The dispatcher's messages, each with its backward; something else may compute while they are under way.
 
-A row travels with its router weight in the same message: the weight's bits follow the row's last element. One message
-less each way, for one element (or two) a row.
+Row counts differ from rank to rank. A row travels with its router weight in the same message: the weight's bits follow
+the row's last element. One message less each way, for one element (or two) a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,23 +34,80 @@ class Route:
     gathered: list[int]
 
 
-def send_to_experts(rows_SH: Tensor, weights_S: Tensor, route: Route) -> tuple[Tensor, Tensor]:
+class ToExperts:
     """Rows and weights to the ranks that hold their experts; every rank of ``etp`` gets the rows of all of them.
 
-    Args:
-        rows_SH: ``[S, H]``, sorted by rank.
-        weights_S: ``[S]``, of any type at least as wide as the rows'.
-        route: the counts.
-
-    Returns:
-        ``[R, H]``, a view with gaps between its rows, and ``[R]``.
+    ``start(rows [S, H], weights [S])`` gives ``[R, H]``, a view with gaps between its rows, and ``[R]``; the weights
+    may be of any type at least as wide as the rows'.
     """
-    return _SendToExperts.apply(rows_SH, weights_S, route)
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self._width, self._dtype = 0, torch.float32
+
+    def start(self, rows_SH: Tensor, weights_S: Tensor) -> InFlight:
+        route = self.route
+        self._width, self._dtype = rows_SH.shape[1], weights_S.dtype
+        return _start(
+            _pack(rows_SH, weights_S), route.received, route.sent, route.ep,
+            lambda packed: _unpack(_gather(packed, route), self._width, self._dtype),
+        )  # fmt: skip
+
+    def start_backward(self, grad_RH: Tensor, grad_R: Tensor) -> InFlight:
+        route = self.route
+        packed = _pack(grad_RH, grad_R)
+        if route.etp.size() > 1:
+            rows, weights = _unpack(_scatter(packed, route), self._width, self._dtype)
+            packed = _pack(rows.sum(0), weights.sum(0))
+        return _start(
+            packed, route.sent, route.received, route.ep, lambda packed: _unpack(packed, self._width, self._dtype)
+        )
 
 
-def send_to_tokens(rows_RH: Tensor, route: Route) -> Tensor:
+class ToTokens:
     """The way back: the parts of ``etp`` are summed and each row returns to its token's rank, ``[R, H] -> [S, H]``."""
-    return _SendToTokens.apply(rows_RH, route)
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+
+    def start(self, rows_RH: Tensor) -> InFlight:
+        route = self.route
+        if route.etp.size() > 1:
+            rows_RH = _scatter(rows_RH, route).sum(0)
+        return _start(rows_RH, route.sent, route.received, route.ep, lambda rows: (rows,))
+
+    def start_backward(self, grad_SH: Tensor) -> InFlight:
+        route = self.route
+        return _start(grad_SH, route.received, route.sent, route.ep, lambda rows: (_gather(rows, route),))
+
+
+class InFlight:
+    """An all-to-all under way."""
+
+    def __init__(
+        self, received: Tensor, work: dist.Work | None, finish: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> None:
+        self._received, self._work, self._finish = received, work, finish
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """What came; on a GPU the stream waits and not the host."""
+        if self._work is not None:
+            self._work.wait()
+        return self._finish(self._received)
+
+
+def _start(
+    rows: Tensor,
+    receive: Sequence[int],
+    send: Sequence[int],
+    group: ProcessGroup,
+    finish: Callable[[Tensor], tuple[Tensor, ...]],
+) -> InFlight:
+    if group.size() == 1:
+        return InFlight(rows, None, finish)
+    received = rows.new_empty(sum(receive), *rows.shape[1:])
+    work = dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group, async_op=True)
+    return InFlight(received, work, finish)
 
 
 def _exchange(rows: Tensor, receive: Sequence[int], send: Sequence[int], group: ProcessGroup) -> Tensor:
@@ -82,34 +139,3 @@ def _pack(rows: Tensor, weights: Tensor) -> Tensor:
 
 def _unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return packed[..., :width], packed[..., width:].contiguous().view(dtype).squeeze(-1)
-
-
-class _SendToExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, weights, route):
-        ctx.route, ctx.width, ctx.dtype = route, rows.shape[1], weights.dtype
-        packed = _gather(_exchange(_pack(rows, weights), route.received, route.sent, route.ep), route)
-        return _unpack(packed, ctx.width, ctx.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_rows, grad_weights):
-        route = ctx.route
-        packed = _pack(grad_rows, grad_weights)
-        if route.etp.size() > 1:
-            rows, weights = _unpack(_scatter(packed, route), ctx.width, ctx.dtype)
-            packed = _pack(rows.sum(0), weights.sum(0))
-        return *_unpack(_exchange(packed, route.sent, route.received, route.ep), ctx.width, ctx.dtype), None
-
-
-class _SendToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, route):
-        ctx.route = route
-        if route.etp.size() > 1:
-            rows = _scatter(rows, route).sum(0)
-        return _exchange(rows, route.sent, route.received, route.ep)
-
-    @staticmethod
-    def backward(ctx, grad):
-        route = ctx.route
-        return _gather(_exchange(grad, route.received, route.sent, route.ep), route), None

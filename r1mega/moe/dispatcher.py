@@ -19,8 +19,9 @@ from torch.distributed import ProcessGroup
 
 from r1mega.collectives import all_gather
 from r1mega.kernels.permute import RowMap, combine, map_rows, pad_rows, permute, reorder
-from r1mega.moe.collectives import Route, send_to_experts, send_to_tokens
+from r1mega.moe.collectives import Route, ToExperts, ToTokens
 from r1mega.moe.router import Routing
+from r1mega.pipeline.exchange import exchange_at_once
 
 
 @dataclass
@@ -89,18 +90,24 @@ class AllToAllDispatcher:
 
     def dispatch_communicate(self, d: Dispatch) -> Dispatch:
         """Exchange counts, then rows and weights. The counts are read on the host here."""
+        exchange = self.to_experts(d)
+        if exchange is not None:
+            d.rows, d.weights = exchange_at_once(exchange, d.rows, d.weights)
+        return d
+
+    def to_experts(self, d: Dispatch) -> ToExperts | None:
+        """Exchange the counts; what is left to exchange is rows and weights. None where nothing leaves the rank."""
         if self.ep.size() == 1 and self.etp.size() == 1:
             d.counts = d.sent_counts.tolist()
-            return d
+            return None
         sent = d.sent_counts.view(self.ep.size(), self.local_experts)
         received = _exchange_counts(sent, self.ep)
         gathered = _gather_counts(received, self.etp)
         totals = sent.sum(1).tolist(), received.sum(1).tolist(), gathered.sum((1, 2)).tolist()
         d.counts = gathered.sum((0, 1)).tolist()
         d.route = Route(self.ep, self.etp, *totals)
-        d.rows, d.weights = send_to_experts(d.rows, d.weights, d.route)
         d.order = _expert_order(gathered.flatten(0, 1), d.rows.device)
-        return d
+        return ToExperts(d.route)
 
     def dispatch_finish(self, d: Dispatch) -> Dispatch:
         """Bring the rows of each local expert together."""
@@ -115,7 +122,12 @@ class AllToAllDispatcher:
 
     def combine_communicate(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
         """Sum the parts of each expert and send the rows back to their tokens' rank."""
-        return rows_RH if d.route is None else send_to_tokens(rows_RH, d.route)
+        exchange = self.to_tokens(d)
+        return rows_RH if exchange is None else exchange_at_once(exchange, rows_RH)[0]
+
+    def to_tokens(self, d: Dispatch) -> ToTokens | None:
+        """The exchange that :meth:`combine_communicate` does; None where nothing left the rank."""
+        return None if d.route is None else ToTokens(d.route)
 
     def combine_finish(self, rows_SH: Tensor, d: Dispatch) -> Tensor:
         """Sum the rows of each token (the experts applied the weights): ``[S, H] -> [T, H]``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from r1mega.pipeline.actions import Action, Kind, Table
+from r1mega.pipeline.actions import Action, Kind, Overlap, Table
 from r1mega.pipeline.checker import check
+from r1mega.pipeline.exchange import Part, backward, backward_of_parts, gradient_or_zeros, in_parts
 from r1mega.pipeline.transfers import Message, Program, Step, programs
 from r1mega.pipeline.transport import PeerError, ProcessGroupTransport, Transport
 from r1mega.pipeline.weight_gradient import WeightGradientStore
+
+Act = Generator[None, None, tuple[Tensor, ...]]
 
 
 @dataclass(slots=True)
@@ -44,16 +47,7 @@ class _Saved:
     inputs: list[Tensor]
     activations: list[GradientEdge | None]
     losses: list[Tensor]
-
-    @classmethod
-    def of(cls, inputs: tuple[Tensor, ...], output: StageOutput, recomputed: bool = False) -> _Saved:
-        """``recomputed``: every floating-point activation will get a gradient, even one that needs none."""
-        announced = (t for t in output.activations if t.requires_grad or (recomputed and t.is_floating_point()))
-        return cls(
-            [tensor for tensor in inputs if tensor.requires_grad],
-            [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in announced],
-            [loss for loss in output.losses if loss.requires_grad],
-        )
+    parts: list[Part]
 
 
 class _RandomState:
@@ -121,6 +115,7 @@ class PipelineExecutor:
         self._transport = transport
         self._local: dict[Message, tuple[Tensor, ...]] = {}
         self._recomputed = {action[1:] for action in table.actions(self.rank) if action.kind is Kind.C}
+        self._overlaps = any(isinstance(cell, Overlap) for cell in table.rows[self.rank])
         self._inputs: dict[tuple[int, int], tuple[tuple[Tensor, ...], _RandomState]] = {}
         self._saved: dict[tuple[int, int], _Saved] = {}
         for stage in stages.values():
@@ -163,10 +158,8 @@ class PipelineExecutor:
                 for step in together:
                     at = step.action
                     taken.append(self._take(step))
-                given = []
-                for step, tensors in zip(together, taken, strict=True):
-                    at = step.action
-                    given.append(self._act(step.action, tensors, microbatches, metrics))
+                acts = [self._act(s.action, t, microbatches, metrics) for s, t in zip(together, taken, strict=True)]
+                given = _alternate(acts)
                 for step, tensors in zip(together, given, strict=True):
                     if step.gives is not None:
                         self._give(step.gives, tensors)
@@ -178,18 +171,18 @@ class PipelineExecutor:
 
     def _act(
         self, action: Action, taken: tuple[Tensor, ...], microbatches: Sequence[Any], metrics: dict[str, Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Do ``action`` with what it took; what it hands on."""
+    ) -> Act:
+        """Do ``action`` with what it took, pausing while a communication inside a stage is under way."""
         kind, stage, microbatch = action
         if kind is Kind.F:
-            return self._forward(action, taken, microbatches[microbatch], metrics)
+            return (yield from self._forward(action, taken, microbatches[microbatch], metrics))
         if kind is Kind.B:
-            return self._backward(action, taken)
+            return (yield from self._backward(action, taken))
         if kind is Kind.I:
             with self.weight_gradients.deferred(stage, microbatch):
-                return self._backward(action, taken)
+                return (yield from self._backward(action, taken))
         if kind is Kind.C:
-            self._compute_again(action, microbatches[microbatch], metrics)
+            yield from self._compute_again(action, microbatches[microbatch], metrics)
         elif kind is Kind.W:
             self.weight_gradients.run(stage, microbatch)
         elif kind is Kind.R and self._reduce_gradients is not None:
@@ -198,11 +191,13 @@ class PipelineExecutor:
             self._optimizer_step(stage)
         return ()
 
-    def _forward(
-        self, action: Action, inputs: tuple[Tensor, ...], microbatch: Any, metrics: dict[str, Tensor]
-    ) -> tuple[Tensor, ...]:
+    def _forward(self, action: Action, inputs: tuple[Tensor, ...], microbatch: Any, metrics: dict[str, Tensor]) -> Act:
         key, stage = action[1:], self.stages[action.stage]
-        if torch.is_grad_enabled() and key in self._recomputed:
+        if not torch.is_grad_enabled():
+            output = stage(inputs, microbatch)
+            _add_metrics(metrics, output.metrics)
+            return output.activations
+        if key in self._recomputed:
             self._inputs[key] = inputs, _RandomState(inputs)
             if self.table.next_stage(action.stage) is None:
                 return ()  # nobody waits for a result: the C computes it
@@ -210,30 +205,44 @@ class PipelineExecutor:
                 output = stage(inputs, microbatch)
             # without a graph nobody knows yet which of them need a gradient
             return tuple(t.detach().requires_grad_(t.is_floating_point()) for t in output.activations)
-        output = stage(inputs, microbatch)
-        if torch.is_grad_enabled():
-            self._saved[key] = _Saved.of(inputs, output)
-        _add_metrics(metrics, output.metrics)
-        return output.activations
+        return (yield from self._compute(key, inputs, microbatch, metrics))
 
-    def _compute_again(self, action: Action, microbatch: Any, metrics: dict[str, Tensor]) -> None:
+    def _compute_again(self, action: Action, microbatch: Any, metrics: dict[str, Tensor]) -> Act:
         key = action[1:]
         inputs, random_state = self._inputs.pop(key)
         with random_state.restored():
-            output = self.stages[action.stage](inputs, microbatch)
-        self._saved[key] = _Saved.of(inputs, output, recomputed=True)
-        _add_metrics(metrics, output.metrics)
+            return (yield from self._compute(key, inputs, microbatch, metrics))
 
-    def _backward(self, action: Action, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _compute(
+        self, key: tuple[int, int], inputs: tuple[Tensor, ...], microbatch: Any, metrics: dict[str, Tensor]
+    ) -> Act:
+        """The forward with a graph, which ends where the stage communicates if backwards are to run beside forwards."""
+        stage = self.stages[key[0]]
+        parts: list[Part] = []
+        losses: tuple[Tensor, ...] = ()
+        if self._overlaps and getattr(stage, "can_step", False):
+            output, parts, losses = yield from in_parts(stage(inputs, microbatch, stepwise=True))
+        else:
+            output = stage(inputs, microbatch)
+        # every floating-point activation of a forward computed again will get a gradient, even one that needs none
+        again = key in self._recomputed
+        announced = (t for t in output.activations if t.requires_grad or (again and t.is_floating_point()))
+        self._saved[key] = _Saved(
+            [tensor for tensor in inputs if tensor.requires_grad],
+            [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in announced],
+            [loss for loss in (*losses, *output.losses) if loss.requires_grad],
+            parts,
+        )
+        _add_metrics(metrics, output.metrics)
+        return output.activations
+
+    def _backward(self, action: Action, gradients: tuple[Tensor, ...]) -> Act:
         saved = self._saved.pop(action[1:])
         assert len(gradients) == len(saved.activations), f"{action}: the last stage must not return activations"
         pairs = zip(saved.activations, gradients, strict=True)
-        roots: list[tuple[Any, Tensor | None]] = [(edge, gradient) for edge, gradient in pairs if edge is not None]
-        roots += [(loss, None) for loss in saved.losses]
-        if roots:
-            tensors, root_gradients = zip(*roots, strict=True)
-            torch.autograd.backward(tensors, root_gradients)
-        return tuple(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in saved.inputs)
+        backward([(edge, gradient) for edge, gradient in pairs if edge is not None] + [(x, None) for x in saved.losses])
+        yield from backward_of_parts(saved.parts)
+        return tuple(gradient_or_zeros(tensor) for tensor in saved.inputs)
 
     def _take(self, step: Step) -> tuple[Tensor, ...]:
         message = step.takes
@@ -250,6 +259,19 @@ class PipelineExecutor:
         else:
             assert self._transport is not None
             self._transport.send(message, tensors)
+
+
+def _alternate(acts: list[Act]) -> list[tuple[Tensor, ...]]:
+    """Run all of them, each until it pauses, in turn; their results."""
+    results: dict[int, tuple[Tensor, ...]] = {}
+    while len(results) < len(acts):
+        for number, act in enumerate(acts):
+            if number not in results:
+                try:
+                    next(act)
+                except StopIteration as end:
+                    results[number] = end.value
+    return [results[number] for number in range(len(acts))]
 
 
 def _add_metrics(metrics: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

@@ -61,7 +61,12 @@ def encode_header(specs: Specs) -> Tensor:
 
 def decode_header(header: Tensor) -> Specs:
     """The inverse of :func:`encode_header`."""
-    words = iter(header.view(torch.int64).tolist())
+    return _decode(tuple(header.view(torch.int64).tolist()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _decode(header: tuple[int, ...]) -> Specs:
+    words = iter(header)
     specs = []
     for _ in range(next(words)):
         dtype, requires_grad, dims = next(words), next(words), next(words)

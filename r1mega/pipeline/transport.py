@@ -170,9 +170,9 @@ class ProcessGroupTransport:
         if self._on_cpu:
             self._guess[peer, message.stage] = total
             full = torch.empty(HEADER_BYTES + max(total, guess), dtype=torch.uint8)
-            full[:HEADER_BYTES] = encode_header(specs)
+            full[:HEADER_BYTES].copy_(encode_header(specs))
             payload = full[HEADER_BYTES:]
-            first, rest = full[: HEADER_BYTES + guess], payload[guess:]
+            first, rest = (full, full) if total == guess else (full[: HEADER_BYTES + guess], payload[guess:])
         else:
             first, rest = encode_header(specs), torch.empty(total, dtype=torch.uint8, device=self.device)
             payload = rest
@@ -193,15 +193,17 @@ class ProcessGroupTransport:
 
 
 def _send(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> dist.Work:
-    work = dist.isend(tensor, group=group, group_dst=peer)
-    assert work is not None, "this rank is not in the group"
-    return work
+    # The group's own method: isend and irecv look up groups and ranks each time, as long as gloo takes for the message.
+    return group.send([_real(tensor)], peer, 0)
 
 
 def _receive(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> dist.Work:
-    work = dist.irecv(tensor, group=group, group_src=peer)
-    assert work is not None, "this rank is not in the group"
-    return work
+    return group.recv([_real(tensor)], peer, 0)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Process groups move no complex numbers."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _wait(works: list[dist.Work]) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 
@@ -14,7 +13,7 @@ from r1mega.pipeline.checker import check
 from r1mega.pipeline.costs import Costs
 from r1mega.pipeline.schedules import SCHEDULES, make_table
 from r1mega.pipeline.simulator import Simulation, simulate
-from r1mega.pipeline.timeline.picture import picture
+from r1mega.pipeline.timeline.picture import LANE, _boxes, draw, picture
 from r1mega.pipeline.timeline.terminal import Terminal, bars, timeline
 from r1mega.pipeline.timeline.trace import trace
 
@@ -346,19 +345,22 @@ def test_the_trace_counts_activations() -> None:
     assert (max(held), held[0], held[-1]) == (2, 0, 0)
 
 
-def test_the_picture_shows_every_schedule() -> None:
-    from PIL import Image
-
-    simulations = {name: simulate(make_table(name, 2, 4), UNIT) for name in ("1f1b", "gpipe")}
-    sizes = [Image.open(io.BytesIO(picture(some))).size for some in (simulations, {"1f1b": simulations["1f1b"]})]
-    assert sizes[0][0] == sizes[1][0] and sizes[0][1] > sizes[1][1]
+def test_the_picture_shows_every_schedule_below_the_one_before() -> None:
+    simulations = {name: simulate(make_table(name, 2, 4), UNIT) for name in ("1f1b", "gpipe", "zbv")}
+    figure = draw(simulations)
+    lanes, memory = figure.axes[::2], figure.axes[1::2]
+    assert [axes.texts[-2].get_text() for axes in lanes] == list(simulations)
+    ends = [1.0, *chain.from_iterable((box.y1, box.y0) for box in (axes.get_position() for axes in lanes)), 0.0]
+    assert all(above > below for above, below in pairwise(ends))
+    assert [axes.get_position().y0 for axes in memory] == [axes.get_position().y0 for axes in lanes]
+    assert len({axes.get_xlim() for axes in lanes}) == 1
+    assert picture(simulations).startswith(b"\x89PNG")
 
 
 def test_the_parts_of_an_overlap_share_its_lane() -> None:
-    from r1mega.pipeline.timeline.picture import LANE, _boxes
-
     simulation = simulate(table("0F0 (0F1;0B0) 0B1 0R"), UNIT)
     boxes = list(_boxes(simulation))
     assert [str(action) for action, *_ in boxes] == ["0F0", "0F1", "0B0", "0B1"]
     assert isinstance(simulation.spans[0][1].cell, Overlap)
-    assert [high - low for _, _, _, low, high, _ in boxes] == pytest.approx([LANE, LANE / 2, LANE / 2, LANE])
+    edges = [(low, high) for _, _, _, low, high, _ in boxes]
+    assert edges == [(-LANE / 2, LANE / 2), (-LANE / 2, 0), (0, LANE / 2), (-LANE / 2, LANE / 2)]

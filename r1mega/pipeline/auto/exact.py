@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,19 +11,21 @@ from r1mega.pipeline.auto.problem import F, I, Problem, Rows, W
 
 TICKS = 10**7  # of the longest cost, where costs are no multiples of a common unit
 SMALL = 10**6
+CONFLICTS = 3000  # of the solver at most, for one unit of deterministic time
 
 
 class Proof(NamedTuple):
-    """What the solver found: a lower bound of the objective, and rows, None where it found none."""
+    """What the solver found: a lower bound of the objective, and rows, None where it found none that are better."""
 
     bound: float
     rows: Rows | None
 
 
-def solve(problem: Problem, hint: Rows, effort: float) -> Proof:
-    """Search for the optimum, beginning with ``hint``.
+def solve(problem: Problem, known: Rows, effort: float) -> Proof:
+    """Search for the optimum, or prove that there is none better than ``known``.
 
-    Costs become whole numbers, rounded down, so that the bound holds for the true ones. One thread, a fixed seed and a
+    The solver is asked for better tables only, rather than given ``known`` as a hint: with a hint it was seen to raise
+    its bound tick by tick. Costs become whole numbers, rounded down, so that the bound holds for the true ones. One thread, a fixed seed and a
     limit in the solver's deterministic time (``effort``, about seconds): the same problem gives the same answer.
 
     Raises:
@@ -38,17 +39,19 @@ def solve(problem: Problem, hint: Rows, effort: float) -> Proof:
     whole = _in_ticks(problem, tick)
     model = cp_model.CpModel()
     starts, objective = _build(model, whole)
-    timing = whole.time(hint)
+    timing = whole.time(known)
     assert timing is not None
-    for (code, microbatch), start in _by_microbatch(hint, timing.starts).items():
-        model.add_hint(starts[code][microbatch], int(start))
-    model.add_hint(objective, int(whole.score(timing)[0]))
+    to_beat = int(whole.score(timing)[0])
+    model.add(objective <= to_beat - 1)
     model.minimize(objective)
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.max_deterministic_time = effort
+    solver.parameters.max_number_of_conflicts = int(effort * CONFLICTS)
     status = solver.solve(model)
+    if status == cp_model.INFEASIBLE:
+        return Proof(to_beat * tick, None)
     bound = solver.best_objective_bound * tick
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return Proof(bound, None)
@@ -128,16 +131,6 @@ def _tick(problem: Problem) -> float:
             if max(whole) // unit <= SMALL:
                 return unit / 10**digits
     return max(costs) / TICKS
-
-
-def _by_microbatch(rows: Rows, times: list[list[float]]) -> dict[tuple[int, int], float]:
-    found: dict[tuple[int, int], float] = {}
-    for row, row_times in zip(rows, times, strict=True):
-        counts: Counter[int] = Counter()
-        for code, time in zip(row, row_times, strict=True):
-            found[code, counts[code]] = time
-            counts[code] += 1
-    return found
 
 
 def _rows(problem: Problem, times: list[list[int]]) -> Rows:

@@ -41,6 +41,13 @@ MOST_LABELS = 32  # ranks that are named one by one
 
 def picture(simulations: Mapping[str, Simulation]) -> bytes:
     """The PNG of schedules by name, drawn below each other on one scale; at least one."""
+    buffer = io.BytesIO()
+    draw(simulations).savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def draw(simulations: Mapping[str, Simulation]) -> Any:
+    """The same as a matplotlib Figure."""
     from matplotlib.figure import Figure
 
     all_lanes = sum(len(simulation.spans) for simulation in simulations.values())
@@ -68,9 +75,7 @@ def picture(simulations: Mapping[str, Simulation]) -> bytes:
     lanes.xaxis.set_visible(True)
     lanes.set_xlabel("time, in the unit of the costs", fontsize=8, color=QUIET)
     _draw_legend(figure, simulations, 1 - 0.08 / total)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return figure
 
 
 def _axes(figure: Any, box: tuple[float, float, float, float], num_ranks: int) -> Any:

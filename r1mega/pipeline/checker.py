@@ -55,6 +55,10 @@ def _check_complete(table: Table) -> None:
     """Every F, every B or else I and W, and every R, exactly once."""
     if table.num_microbatches == 0:
         raise ScheduleError(0, None, "there is no microbatch")
+    num_actions = sum(1 for rank in range(table.num_ranks) for _ in table.actions(rank))
+    if table.num_microbatches > num_actions:  # before anything is made for each of them
+        highest = table.num_microbatches - 1
+        raise ScheduleError(0, None, f"there is a microbatch {highest}, but there are {num_actions} actions only")
     of_copy = [set(table.microbatches_of(copy * table.stages_per_copy)) for copy in range(table.num_copies)]
     everywhere = [of_copy[stage // table.stages_per_copy] for stage in range(table.num_stages)]
     for rank in range(table.num_ranks):

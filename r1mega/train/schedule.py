@@ -7,7 +7,7 @@ from pathlib import Path
 from r1mega.config import Config, ConfigError, ParallelConfig
 from r1mega.model.blocks import place_blocks
 from r1mega.parallel_state import Layout
-from r1mega.pipeline.actions import Table
+from r1mega.pipeline.actions import Kind, Table
 from r1mega.pipeline.checker import check
 from r1mega.pipeline.schedules import make_table, with_recomputation
 
@@ -32,6 +32,9 @@ def build_table(parallel: ParallelConfig, num_microbatches: int) -> Table:
 def _read(path: Path, num_ranks: int, num_microbatches: int) -> Table:
     table = Table.from_csv(path.read_text(encoding="utf-8"))
     check(table)
+    early = next((a for rank in range(table.num_ranks) for a in table.actions(rank) if a.kind is Kind.O), None)
+    if early is not None:
+        raise ValueError(f"{early} steps the optimizer, which training does once the norm of all gradients is known")
     if table.num_ranks != num_ranks:
         raise ValueError(f"the table is for {table.num_ranks} ranks, parallel.pp makes {num_ranks}")
     if table.num_microbatches != num_microbatches:

@@ -82,7 +82,7 @@ class PipelineExecutor:
         group: the ranks of the pipeline in the order of the table; None where the table has one rank.
         reduce_gradients: what R calls with the number of the stage.
         optimizer_step: what O calls with the number of the stage.
-        transport: moves messages; by default over ``group``.
+        transport: moves messages; by default over ``group``, which is not asked where a transport is given.
 
     Raises:
         ScheduleError: the table cannot run.
@@ -99,10 +99,13 @@ class PipelineExecutor:
         transport: Transport | None = None,
     ) -> None:
         check(table)
-        num_ranks = 1 if group is None else dist.get_world_size(group)
+        self.rank, num_ranks = 0, 1
+        if transport is not None:
+            self.rank, num_ranks = transport.rank, transport.num_ranks
+        elif group is not None:
+            self.rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         if num_ranks != table.num_ranks:
             raise ValueError(f"the schedule is for {table.num_ranks} ranks, the process group has {num_ranks}")
-        self.rank = 0 if group is None else dist.get_rank(group)
         if sorted(stages) != table.stages_of(self.rank):
             raise ValueError(f"rank {self.rank} holds stages {table.stages_of(self.rank)}, not {sorted(stages)}")
         self.table, self.stages = table, dict(stages)

@@ -34,7 +34,15 @@ class PeerError(RuntimeError):
 
 
 class Transport(Protocol):
-    """What the executor asks of the wire. Tensors that are handed over must not be changed afterwards."""
+    """What the executor asks of the wire. Tensors that are handed over must not be changed afterwards.
+
+    Attributes:
+        rank: of this process in the pipeline.
+        num_ranks: of the pipeline.
+    """
+
+    rank: int
+    num_ranks: int
 
     def start(self, program: Program) -> None:
         """Prepare for one run of ``program``."""
@@ -67,7 +75,7 @@ class ProcessGroupTransport:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.rank = dist.get_rank(group)
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
         self._on_cpu = device.type == "cpu"
         self._header_group = self._up = self._down = group

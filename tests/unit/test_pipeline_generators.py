@@ -11,6 +11,7 @@ import pytest
 from r1mega.config import SCHEDULE_NAMES, ConfigError, ParallelConfig
 from r1mega.pipeline.actions import Action, Kind, Overlap, Table
 from r1mega.pipeline.checker import check
+from r1mega.pipeline.costs import Costs
 from r1mega.pipeline.schedules import (
     SCHEDULES,
     dualpipe,
@@ -23,6 +24,7 @@ from r1mega.pipeline.schedules import (
     zb_h2,
     zbv,
 )
+from r1mega.pipeline.simulator import simulate
 
 SMALL = list(itertools.product(range(1, 7), range(1, 9)))
 
@@ -32,7 +34,6 @@ def cells(table: Table, rank: int) -> list[tuple[Action, ...]]:
 
 
 def assert_keeps_the_promises(table: Table, num_ranks: int, num_microbatches: int, chunks: int) -> None:
-    check(table)
     assert (table.num_ranks, table.num_microbatches) == (num_ranks, num_microbatches)
     for rank in range(num_ranks):
         assert len(table.stages_of(rank)) == chunks
@@ -59,12 +60,18 @@ def test_ten_thousand_random_tables_keep_all_promises() -> None:
         num_microbatches = chance.randint(1, most)
         made = make_table(name, num_ranks, num_microbatches, chunks)
         assert_keeps_the_promises(made, num_ranks, num_microbatches, chunks)
+        peaks = [peak * num_ranks / made.stages_per_copy for peak in check(made).peak_activations]
+        costs = Costs(*(chance.choice([0.0, 0.3, 1.0, 2.5]) for _ in range(4)))
+        simulation = simulate(made, costs)  # every action runs, and every message arrives
+        assert simulation.peak_activations == pytest.approx(peaks)
+        assert sum(map(len, simulation.spans)) == sum(map(len, made.rows))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_small_size_runs_with_and_without_recomputation(name: str) -> None:
     for num_ranks, num_microbatches in SMALL:
         made = make_table(name, num_ranks, num_microbatches)
+        check(made)
         assert_keeps_the_promises(made, num_ranks, num_microbatches, SCHEDULES[name].chunks or 2)
         check(with_recomputation(made))
 

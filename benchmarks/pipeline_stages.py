@@ -97,7 +97,7 @@ class Recorder:
 
 
 class SleepingStage(nn.Module):
-    """A stage whose F, I and W each sleep; a B sleeps for I and W. Nothing is computed.
+    """A stage whose F, I and W each sleep; a B sleeps for I and W. Nothing is computed but sums, inside these times.
 
     Args:
         number: of the stage in its schedule.
@@ -116,34 +116,37 @@ class SleepingStage(nn.Module):
         self.weight_gradients: WeightGradientStore | None = None
         self.weight = nn.Parameter(torch.zeros(hidden_size, device=recorder.clock.device))
 
-    def sleep(self, kind: Kind, microbatch: int) -> None:
+    @contextlib.contextmanager
+    def action(self, kind: Kind, microbatch: int) -> Iterator[None]:
         with self.recorder.action(kind, self.number, microbatch):
+            yield
             self.recorder.clock.sleep(self.seconds[kind])
 
     def add_weight_gradient(self, microbatch: int, gradient: Tensor) -> None:
-        self.sleep(Kind.W, microbatch)
-        gradient = gradient.flatten(0, -2).sum(0)
-        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
+        with self.action(Kind.W, microbatch):
+            gradient = gradient.flatten(0, -2).sum(0)
+            self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
 
     def forward(self, activations: tuple[Tensor, ...], microbatch: Microbatch) -> StageOutput:
         index, first_input = microbatch
-        given = activations[0] if activations else first_input.clone().requires_grad_()
-        output = _Sleep.apply(given, self, index)
-        return StageOutput(losses=(output.mean(),)) if self.is_last else StageOutput((output,))
+        with self.action(Kind.F, index):
+            given = activations[0] if activations else first_input.clone().requires_grad_()
+            output = _Sleep.apply(given, self, index)
+            return StageOutput(losses=(output.mean(),)) if self.is_last else StageOutput((output,))
 
 
 class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stage: SleepingStage, microbatch: int) -> Tensor:
         ctx.stage, ctx.microbatch = stage, microbatch
-        stage.sleep(Kind.F, microbatch)
         return x + stage.weight
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        stage = ctx.stage
-        stage.sleep(Kind.I, ctx.microbatch)
-        stage.weight_gradients.add(partial(stage.add_weight_gradient, ctx.microbatch, gradient))
+        stage, microbatch = ctx.stage, ctx.microbatch
+        with stage.action(Kind.I, microbatch):
+            work = partial(stage.add_weight_gradient, microbatch, gradient)
+        stage.weight_gradients.add(work)
         return gradient, None, None
 
 

@@ -12,9 +12,10 @@ twice under zero bubble. On stage 0 torch does nothing in I, and sleeps for I an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,26 +52,28 @@ class SleepingStage(nn.Module):
         self.seconds = dict(zip((Kind.F, Kind.I, Kind.W), seconds, strict=True))
         self.weight = nn.Parameter(torch.zeros(hidden_size, device=recorder.clock.device))
 
-    def sleep(self, kind: Kind) -> None:
+    @contextlib.contextmanager
+    def action(self, kind: Kind) -> Iterator[None]:
         with self.recorder.action(kind, self.number, 0):
+            yield
             self.recorder.clock.sleep(self.seconds[kind])
 
     def forward(self, x: Tensor) -> Tensor:
-        given = x if x.requires_grad else x.detach().requires_grad_()
-        return _SleepInput.apply(given, self) + _SleepWeight.apply(self.weight, x.shape, self)
+        with self.action(Kind.F):
+            given = x if x.requires_grad else x.detach().requires_grad_()
+            return _SleepInput.apply(given, self) + _SleepWeight.apply(self.weight, x.shape, self)
 
 
 class _SleepInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stage: SleepingStage) -> Tensor:
         ctx.stage = stage
-        stage.sleep(Kind.F)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.stage.sleep(Kind.I)
-        return gradient, None
+        with ctx.stage.action(Kind.I):
+            return gradient, None
 
 
 class _SleepWeight(torch.autograd.Function):
@@ -81,8 +84,8 @@ class _SleepWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.stage.sleep(Kind.W)
-        return gradient.flatten(0, -2).sum(0), None, None
+        with ctx.stage.action(Kind.W):
+            return gradient.flatten(0, -2).sum(0), None, None
 
 
 def stage_numbers(name: str, rank: int, num_ranks: int) -> list[int]:

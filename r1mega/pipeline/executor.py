@@ -17,7 +17,7 @@ from r1mega.pipeline.checker import check
 from r1mega.pipeline.exchange import Part, backward, backward_of_parts, gradient_or_zeros, in_parts
 from r1mega.pipeline.transfers import Message, Program, Step, programs
 from r1mega.pipeline.transport import PeerError, ProcessGroupTransport, Transport
-from r1mega.pipeline.weight_gradient import WeightGradientStore
+from r1mega.pipeline.weight_gradient import WeightGradientStore, split_weight_gradients
 
 Act = Generator[None, None, tuple[Tensor, ...]]
 
@@ -78,7 +78,8 @@ class PipelineExecutor:
         table: the schedule; checked here.
         stages: the stages of this rank by number. A stage is called ``stage(activations, microbatch)`` with a tuple of
             tensors (empty on stage 0) and returns a :class:`StageOutput`. Modules in it with an attribute
-            ``weight_gradients`` get the store of this executor.
+            ``weight_gradients`` get the store of this executor; where the table splits backwards into I and W, torch's
+            own linear and embedding layers do, too (:func:`split_weight_gradients`).
         group: the ranks of the pipeline in the order of the table; None where the table has one rank.
         reduce_gradients: what R calls with the number of the stage.
         optimizer_step: what O calls with the number of the stage.
@@ -109,6 +110,7 @@ class PipelineExecutor:
         if sorted(stages) != table.stages_of(self.rank):
             raise ValueError(f"rank {self.rank} holds stages {table.stages_of(self.rank)}, not {sorted(stages)}")
         self.table, self.stages = table, dict(stages)
+        self._num_microbatches = table.num_microbatches
         self.weight_gradients = WeightGradientStore()
         self._reduce_gradients, self._optimizer_step = reduce_gradients, optimizer_step
         self._programs = {only: programs(table, forward_only=only)[self.rank] for only in (False, True)}
@@ -121,6 +123,9 @@ class PipelineExecutor:
         self._overlaps = any(isinstance(cell, Overlap) for cell in table.rows[self.rank])
         self._inputs: dict[tuple[int, int], tuple[tuple[Tensor, ...], _RandomState]] = {}
         self._saved: dict[tuple[int, int], _Saved] = {}
+        self._split = {action[1:] for action in table.actions(self.rank) if action.kind is Kind.I}
+        for number in {stage for stage, _ in self._split}:
+            split_weight_gradients(stages[number])
         for stage in stages.values():
             for module in stage.modules():
                 if hasattr(module, "weight_gradients"):
@@ -140,8 +145,8 @@ class PipelineExecutor:
             PipelineError: a peer died or did not answer.
             RuntimeError: a layer's weight gradients were never computed.
         """
-        if len(microbatches) != self.table.num_microbatches:
-            raise ValueError(f"the schedule is for {self.table.num_microbatches} microbatches, not {len(microbatches)}")
+        if len(microbatches) != self._num_microbatches:
+            raise ValueError(f"the schedule is for {self._num_microbatches} microbatches, not {len(microbatches)}")
         for left_by_a_failed_run in (self._local, self._inputs, self._saved, self.weight_gradients.pending):
             left_by_a_failed_run.clear()
         metrics: dict[str, Tensor] = {}
@@ -223,6 +228,7 @@ class PipelineExecutor:
         stage = self.stages[key[0]]
         parts: list[Part] = []
         losses: tuple[Tensor, ...] = ()
+        self.weight_gradients.will_split = key in self._split
         if self._overlaps and getattr(stage, "can_step", False):
             output, parts, losses = yield from in_parts(stage(inputs, microbatch, stepwise=True))
         else:

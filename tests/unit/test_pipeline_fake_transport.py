@@ -118,7 +118,7 @@ def run(table: Table, microbatches: list[Tensor], weights: list[float]) -> dict[
 def test_random_tables_run_to_their_end_with_the_right_gradients(name: str) -> None:
     chance = random.Random(name)
     for _ in range(8):
-        num_ranks, num_microbatches = chance.randint(1, 6), chance.randint(1, 12)
+        num_ranks, num_microbatches = chance.randint(1, 16), chance.randint(1, 16)
         chunks = SCHEDULES[name].chunks or chance.randint(1, 3)
         table = make_table(name, num_ranks, num_microbatches, chunks)
         if chance.random() < 0.3:

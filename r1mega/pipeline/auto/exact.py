@@ -33,8 +33,9 @@ def solve(problem: Problem, known: Rows, effort: float) -> Proof:
     """Search for the optimum, or prove that there is none better than ``known``.
 
     The solver is asked for better tables only, rather than given ``known`` as a hint: with a hint it was seen to raise
-    its bound tick by tick. Costs become whole numbers, rounded down, so that the bound holds for the true ones. One thread, a fixed seed and a
-    limit in the solver's deterministic time (``effort``, about seconds): the same problem gives the same answer.
+    its bound tick by tick. Costs become whole numbers, rounded down, so that the bound holds for the true ones. One
+    thread, a fixed seed, and limits in the solver's deterministic time (``effort``, about seconds) and in conflicts:
+    the same problem gives the same answer.
 
     Raises:
         ImportError: OR-tools is not installed; says what to do.
@@ -97,22 +98,37 @@ def _one_at_a_time(model: Any, problem: Problem, rank: int, starts: list[list[An
     """
     m, codes = problem.num_microbatches, [3 * s + kind for s in problem.stages_of[rank] for kind in (F, I, W)]
     first: dict[tuple[int, int, int, int], Any] = {}  # (code, microbatch, other code, its microbatch) -> first of both
-    for index, code in enumerate(codes):
-        for other in codes[index + 1 :]:
-            for k, j in itertools.product(range(m), repeat=2):
-                answer = True if code // 3 == other // 3 and k <= j else model.new_bool_var("")
-                first[code, k, other, j] = answer
-                first[other, j, code, k] = False if answer is True else ~answer
-                if answer is not True:
-                    model.add(starts[other][j] >= ends[code][k]).only_enforce_if(answer)
-                    model.add(starts[code][k] >= ends[other][j]).only_enforce_if(~answer)
-                if k:
-                    model.add_implication(answer, first[code, k - 1, other, j])
-                if j:
-                    model.add_implication(first[code, k, other, j - 1], answer)
+    for code, other in itertools.combinations(codes, 2):
+        for k, j in itertools.product(range(m), repeat=2):
+            answer = _known(problem, code, k, other, j)
+            if answer is None:
+                answer = model.new_bool_var("")
+                model.add(starts[other][j] >= ends[code][k]).only_enforce_if(answer)
+                model.add(starts[code][k] >= ends[other][j]).only_enforce_if(~answer)
+            first[code, k, other, j] = answer
+            first[other, j, code, k] = not answer if isinstance(answer, bool) else ~answer
+            if k:
+                model.add_implication(answer, first[code, k - 1, other, j])
+            if j:
+                model.add_implication(first[code, k, other, j - 1], answer)
     for code, k in itertools.product(codes[::3], range(m)):
         held = sum(HALVES[other % 3] * first[other, j, code, k] for other in codes if other != code for j in range(m))
         model.add(HALVES[F] * (k + 1) + held <= problem.limits[rank])
+
+
+def _known(problem: Problem, code: int, microbatch: int, other: int, its_microbatch: int) -> bool | None:
+    """Which of two actions comes first, where the way of a microbatch through the model decides it."""
+    if microbatch <= its_microbatch and code % 3 != W and _place(problem, code) < _place(problem, other):
+        return True
+    if its_microbatch <= microbatch and other % 3 != W and _place(problem, other) < _place(problem, code):
+        return False
+    return None
+
+
+def _place(problem: Problem, code: int) -> float:
+    """Where on the way of a microbatch: F of all stages, then I of all stages, each followed by its W."""
+    stage, kind = divmod(code, 3)
+    return stage if kind == F else 2 * problem.num_stages - 1 - stage + (0.5 if kind == W else 0)
 
 
 def _horizon(problem: Problem) -> int:

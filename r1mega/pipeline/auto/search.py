@@ -21,7 +21,7 @@ from r1mega.pipeline.simulator import Simulation, simulate
 
 TOLERANCE = 1e-6  # a table is proved optimal where its objective is no more than this share above the bound
 MOST_ACTIONS = 160  # F, I and W in all ranks together up to which the exact solver is asked
-SOLVER_TIME = 10.0  # deterministic time of the exact solver, about seconds
+SOLVER_TIME = 2.0  # deterministic time of the exact solver; one unit is some seconds at worst
 ACTIONS_TO_TIME = 1_000_000  # by the local improvement, for each placement
 STARTS = 3  # tables from which the local improvement begins
 
@@ -105,7 +105,7 @@ def best_table(
             (:meth:`Costs.recut`).
         objective: ``makespan``, since a training step ends when its slowest rank does: the gradient norm needs all of
             them. ``longest_rank`` is the Zero Bubble paper's, where ranks go on to the next step without waiting.
-        effort: of the local improvement and the exact solver; 1.0 is some seconds.
+        effort: of the local improvement and the exact solver; 1.0 is from less than a second to about twenty.
 
     Raises:
         ValueError: a number does not fit; names it and says what would.

@@ -20,6 +20,9 @@ to its last (Zero Bubble's definition); the JSON has the one over the whole step
 stages, so waiting, messages and Python all count as bubble. The simulation knows no communication. Medians of the
 steps; the ends of their range in brackets. On a machine with enough GPUs everything runs on them over NCCL.
 
+Ranks that sleep are disturbed by every other program that runs. Measure on a calm machine, or with real-time priority,
+which the ranks inherit: chrt --fifo 10 python benchmarks/pipeline_bubble.py
+
 Exit status: 0 where everything ran, whatever the numbers; 1 where a run failed.
 """
 
@@ -252,6 +255,7 @@ def machine() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{cpu}, {os.cpu_count()} cores",
         "load_average": os.getloadavg()[0],
+        "real_time_priority": os.sched_getscheduler(0) != os.SCHED_OTHER,
         "versions": {
             "python": platform.python_version(),
             "r1mega": r1mega.__version__,
@@ -295,7 +299,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if options.ranks < 2:
         parser.error("--ranks=1: a pipeline has a bubble from 2 ranks on")
     if options.num_warmup < 1:
-        parser.error(f"--num_warmup={options.num_warmup}: must be 1 or more, as the first messages say what shapes come")
+        parser.error(
+            f"--num_warmup={options.num_warmup}: must be 1 or more, as the first messages say what shapes come"
+        )
     if min(options.milliseconds) <= 0:
         parser.error(f"--milliseconds {options.milliseconds}: must be more than 0")
     for name in options.schedules or ():

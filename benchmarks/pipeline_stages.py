@@ -131,7 +131,7 @@ class SleepingStage(nn.Module):
         index, first_input = microbatch
         with self.action(Kind.F, index):
             given = activations[0] if activations else first_input.clone().requires_grad_()
-            output = _Sleep.apply(given, self, index)
+            output = _Sleep.apply(given, self, index).view_as(given)  # as layers end, in an operation of torch's own
             return StageOutput(losses=(output.mean(),)) if self.is_last else StageOutput((output,))
 
 

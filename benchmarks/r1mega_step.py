@@ -100,7 +100,7 @@ class R1megaTrainer:
         num_sequences = workload.num_microbatches * self.state.size("dp")
         self.tokens_per_step = num_sequences * workload.sequence_length
         config.train = TrainConfig(global_batch_size=num_sequences)
-        table = build_table(config.parallel, workload.num_microbatches)
+        table = build_table(config.parallel, workload.num_microbatches, [])
         self.stages = build_stages(config, self.state, table)
         for stage in self.stages.values():
             fill_initial_weights(stage)

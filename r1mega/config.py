@@ -303,6 +303,7 @@ class ModelConfig:
 
 SCHEDULE_NAMES = (
     "gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "zb-h2", "zbv", "v-half", "v-min", "dualpipe", "dualpipev",
+    "auto",
 )  # fmt: skip
 
 
@@ -317,9 +318,10 @@ class ParallelConfig:
         ep: expert parallel size.
         etp: tensor parallel size inside an expert.
         schedule: pipeline schedule: gpipe, 1f1b, interleaved, looped-bfs, zb-h1, zb-h2, zbv, v-half, v-min, dualpipe,
-            dualpipev; or a table of your own, FILE.csv (`r1mega simulate --help`).
+            dualpipev, auto (a search in the memory of 1f1b, for stages as long as their multiply-adds); or a table of
+            your own, FILE.csv (`r1mega simulate --help`).
         recompute: keep only the inputs of each stage in the forward, and compute it again right before the backward.
-        chunks: interleaved, looped-bfs: stages that a rank holds; null means 2. The others have their own number.
+        chunks: stages that a rank holds, for interleaved and looped-bfs (null means 2) and auto (null means 1).
         placement: which block sits on which stage, for people who place layers themselves: ``E`` embedding, ``t``
             decoder layer, ``m`` MTP layer, ``L`` output head and loss, ``|`` between stages, ``t*3`` for ``ttt``;
             for example ``Et*3|t*4|t*4mL``. Null lets r1mega cut by cost.
@@ -345,8 +347,9 @@ class ParallelConfig:
         )
         if self.chunks is not None:
             _require_positive("parallel", self, "chunks")
-            what_fits = f"{self.schedule} has its own number of stages a rank; for interleaved and looped-bfs only"
-            require(self.schedule in ("interleaved", "looped-bfs"), "parallel.chunks", self.chunks, what_fits)
+            free = ("interleaved", "looped-bfs", "auto")
+            what_fits = f"{self.schedule} has its own number of stages a rank; for {', '.join(free)} only"
+            require(self.schedule in free, "parallel.chunks", self.chunks, what_fits)
 
 
 @dataclass

@@ -53,7 +53,11 @@ def list_blocks(config: ModelConfig, length: int) -> list[Block]:
 
 def place_blocks(config: ModelConfig, parallel: ParallelConfig, length: int, num_stages: int) -> list[list[Block]]:
     """The blocks of each stage: as ``parallel.placement`` says, or cut by cost."""
-    blocks = list_blocks(config, length)
+    return cut(list_blocks(config, length), parallel, num_stages)
+
+
+def cut(blocks: list[Block], parallel: ParallelConfig, num_stages: int) -> list[list[Block]]:
+    """:func:`place_blocks` for blocks that are listed already."""
     if parallel.placement is not None:
         return parse_placement(parallel.placement, blocks, num_stages)
     return partition(blocks, num_stages)

@@ -5,15 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from r1mega.config import Config, ConfigError, ParallelConfig
-from r1mega.model.blocks import place_blocks
+from r1mega.model.blocks import cut, list_blocks
 from r1mega.parallel_state import Layout
 from r1mega.pipeline.actions import Kind, Table
 from r1mega.pipeline.checker import check
+from r1mega.pipeline.costs import Costs
+from r1mega.pipeline.partition import Block
 from r1mega.pipeline.schedules import make_table, with_recomputation
 
+SEARCH_EFFORT = 0.2
 
-def build_table(parallel: ParallelConfig, num_microbatches: int) -> Table:
+
+def build_table(parallel: ParallelConfig, num_microbatches: int, blocks: list[Block]) -> Table:
     """The checked table that ``parallel.schedule`` names: a schedule's name, or a file in the notation of ``2F0``.
+
+    Args:
+        parallel: the schedule and its ranks.
+        num_microbatches: of a step, on each data-parallel rank.
+        blocks: of the model; ``auto`` searches with their costs.
 
     Raises:
         ConfigError: there is no such schedule or file, or it cannot run with these ranks and so many microbatches.
@@ -21,12 +30,31 @@ def build_table(parallel: ParallelConfig, num_microbatches: int) -> Table:
     try:
         if parallel.schedule.endswith(".csv"):
             table = _read(Path(parallel.schedule), parallel.pp, num_microbatches)
+        elif parallel.schedule == "auto":
+            table = _search(parallel, num_microbatches, blocks)
         else:
             table = make_table(parallel.schedule, parallel.pp, num_microbatches, parallel.chunks)
     except (ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"parallel.schedule={parallel.schedule}: {reason}") from error
     return with_recomputation(table) if parallel.recompute else table
+
+
+def _search(parallel: ParallelConfig, num_microbatches: int, blocks: list[Block]) -> Table:
+    """The best table in the memory of 1F1B for stages that take as long as their multiply-adds.
+
+    Forward, input gradient and weight gradient of a product are as many multiply-adds each. The search is the same on
+    every rank, and takes a second.
+    """
+    from r1mega.pipeline.auto import best_table
+
+    chunks = parallel.chunks or 1
+    stages = cut(blocks, parallel, parallel.pp * chunks)
+    times = [sum(block.cost for block in stage) / sum(block.cost for block in blocks) for stage in stages]
+    found = best_table(
+        parallel.pp, num_microbatches, Costs(times, times, times), parallel.pp, chunks=chunks, effort=SEARCH_EFFORT
+    )
+    return found.table
 
 
 def _read(path: Path, num_ranks: int, num_microbatches: int) -> Table:
@@ -53,9 +81,10 @@ def num_microbatches(config: Config, dp: int) -> int:
 def check_pipeline(config: Config, world_size: int) -> None:
     """Check that the schedule can run and that the model can be cut into its stages. Raises ConfigError."""
     parallel = config.parallel
-    table = build_table(parallel, num_microbatches(config, Layout.from_config(parallel, world_size).dp))
+    blocks = list_blocks(config.model, config.data.sequence_length)
+    table = build_table(parallel, num_microbatches(config, Layout.from_config(parallel, world_size).dp), blocks)
     try:
-        place_blocks(config.model, parallel, config.data.sequence_length, table.stages_per_copy)
+        cut(blocks, parallel, table.stages_per_copy)
     except ConfigError as error:
         if parallel.placement is not None:
             raise

@@ -17,6 +17,7 @@ from r1mega.data.dataset import build_dataset
 from r1mega.data.loader import StepLoader
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.kernels.parameter import local
+from r1mega.model.blocks import list_blocks
 from r1mega.model.huggingface import load_huggingface
 from r1mega.model.init import initialize
 from r1mega.moe.balance import max_over_mean, named_routers, update_router_bias
@@ -49,7 +50,8 @@ class Trainer:
 
     def __init__(self, config: Config, state: ParallelState, checkpoint: Path | None = None) -> None:
         self.config, self.state = config, state
-        table = build_table(config.parallel, num_microbatches(config, state.size("dp")))
+        blocks = list_blocks(config.model, config.data.sequence_length)
+        table = build_table(config.parallel, num_microbatches(config, state.size("dp")), blocks)
         self.stages = build_stages(config, state, table)
         for stage in self.stages.values():
             if checkpoint is None and config.model.checkpoint is not None:

@@ -6,8 +6,7 @@ import functools
 
 import pytest
 
-from r1mega.config import ParallelConfig
-from r1mega.pipeline.schedules import SCHEDULES
+from r1mega.config import SCHEDULE_NAMES, ParallelConfig
 from tests.distributed.test_same_numbers import assert_same
 from tests.distributed.training import Job, Report, tiny_model, train
 
@@ -24,17 +23,17 @@ def check(pool, world_size: int, parallel: ParallelConfig, num_layers: int = 4) 
     assert_same(pool.run(train, world_size, job)[0], expected(pool, num_layers))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 def test_on_two_ranks(pool, schedule):
     check(pool, 2, ParallelConfig(pp=2, schedule=schedule))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 def test_on_four_ranks_with_expert_parallelism_and_fsdp(pool, schedule):
     """dp=2: FSDP2 cuts what is dense, ep=2 the experts."""
     check(pool, 4, ParallelConfig(pp=2, ep=2, schedule=schedule))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 def test_on_a_pipeline_of_four_ranks_with_recomputation(pool, schedule):
     check(pool, 4, ParallelConfig(pp=4, schedule=schedule, recompute=True), num_layers=8)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from r1mega.config import AttentionConfig, ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig
 from r1mega.data.batch import Batch
 from r1mega.kernels.parameter import local
-from r1mega.model.blocks import place_blocks
+from r1mega.model.blocks import list_blocks, place_blocks
 from r1mega.model.init import initialize, local_slices
 from r1mega.model.stage import build_stage
 from r1mega.moe.balance import named_routers, update_router_bias
@@ -109,7 +109,7 @@ def train(rank: int, world_size: int, job: Job) -> Report:
     parallel = job.parallel
     state = ParallelState(Layout.from_config(parallel, world_size))
     num_microbatches = GLOBAL_BATCH // state.size("dp") // job.microbatch_size
-    table = build_table(parallel, num_microbatches)
+    table = build_table(parallel, num_microbatches, list_blocks(job.model, LENGTH))
     placed = place_blocks(job.model, parallel, LENGTH, table.stages_per_copy)
     stored = torch.float32 if job.dtype == torch.bfloat16 else job.dtype  # master weights
     stages = {}

@@ -24,4 +24,4 @@ def test_the_schedule_of_the_worked_example_is_checked_timed_drawn_and_saved(
     assert "bubble 20.0%" in printed and "[8, 8, 8, 8]" in printed
     assert (tmp_path / "late.png").read_bytes().startswith(b"\x89PNG")
     table = Table.from_csv((tmp_path / "late.csv").read_text())
-    assert build_table(ParallelConfig(pp=4, schedule="late.csv"), 8).rows == table.rows
+    assert build_table(ParallelConfig(pp=4, schedule="late.csv"), 8, []).rows == table.rows

@@ -153,7 +153,7 @@ def test_what_cannot_run_is_refused_with_what_would_fit(arguments: tuple, messag
 
 
 def test_the_settings_accept_every_schedule_by_name() -> None:
-    assert tuple(SCHEDULES) == SCHEDULE_NAMES
+    assert (*SCHEDULES, "auto") == SCHEDULE_NAMES
     assert ParallelConfig(schedule="interleaved", chunks=3).chunks == 3
     with pytest.raises(ConfigError, match=r"^parallel.chunks=0: must be positive$"):
         ParallelConfig(schedule="interleaved", chunks=0)

@@ -1,4 +1,4 @@
-"""The bubble of every pipeline schedule: measured on real ranks, beside the simulated one and beside torch's own library.
+"""The bubble of every pipeline schedule: measured on real ranks, beside the simulated one and beside torch's library.
 
     python benchmarks/pipeline_bubble.py                                # all schedules, about 6 minutes
     python benchmarks/pipeline_bubble.py --schedules 1f1b zbv           # a first look, about a minute
@@ -299,9 +299,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if options.ranks < 2:
         parser.error("--ranks=1: a pipeline has a bubble from 2 ranks on")
     if options.num_warmup < 1:
-        parser.error(
-            f"--num_warmup={options.num_warmup}: must be 1 or more, as the first messages say what shapes come"
-        )
+        parser.error(f"--num_warmup={options.num_warmup}: must be 1 or more: in the first step messages are slower")
     if min(options.milliseconds) <= 0:
         parser.error(f"--milliseconds {options.milliseconds}: must be more than 0")
     for name in options.schedules or ():

@@ -157,9 +157,8 @@ class GatedLayer(nn.Module):
         super().__init__()
         self.weight_gradients: WeightGradientStore | None = None
         self.norm = nn.Parameter(torch.ones(hidden_size, device=device))
-        shapes = {"gate": (width, hidden_size), "up": (width, hidden_size), "down": (hidden_size, width)}
-        for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(0.02 * torch.randn(shape, device=device)))
+        self.gate, self.up = (nn.Parameter(0.02 * torch.randn(width, hidden_size, device=device)) for _ in range(2))
+        self.down = nn.Parameter(0.02 * torch.randn(hidden_size, width, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         store = self.weight_gradients

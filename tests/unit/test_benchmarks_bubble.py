@@ -21,7 +21,6 @@ from r1mega.pipeline.simulator import Simulation, Span
     ("argv", "message"),
     [
         (["--schedules", "zbw"], "--schedules zbw: there is no schedule 'zbw'; did you mean zbv?"),
-        (["--schedules", "dualpipe", "--ranks", "3"], "--schedules dualpipe: "),
         (["--ranks", "1"], "--ranks=1: a pipeline has a bubble from 2 ranks on"),
         (["--microbatches", "0"], "--microbatches=0: must be 1 or more"),
         (["--num_warmup", "0"], "--num_warmup=0: must be 1 or more"),
@@ -35,9 +34,8 @@ def test_arguments_that_cannot_run_are_refused_in_one_line(argv, message, capsys
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_by_default_every_schedule_is_measured_that_can_run():
+def test_by_default_every_schedule_is_measured():
     assert parse_arguments([]).schedules == list(SCHEDULES)
-    assert "dualpipe" not in parse_arguments(["--ranks", "3"]).schedules
 
 
 BUBBLE = {"bubble_rate": 0.25, "bubble_rate_makespan": 0.25}
@@ -62,8 +60,8 @@ def test_the_table_has_a_line_a_schedule_and_says_what_is_missing():
     results["counted"]["v-min"] = results["counted"]["zbv"]
     head, zbv, v_min = table(results).splitlines()
     assert head.split()[:3] == ["schedule", "simulated", "measured"]
-    assert zbv.split() == "zbv 25.00% 26.00% (25.5-27.0) +1.00 28.00% +7.00 4.00 2.0 2.0 2.0 2.2 +10.0%".split()
-    assert v_min.split()[:7] == "v-min 25.00% 27.00% (27.0-27.0) +2.00 - -".split()
+    assert " ".join(zbv.split()) == "zbv 25.00% 26.00% (25.5-27.0) +1.00 28.00% +7.00 4.00 2.0 2.0 2.0 2.2 +10.0%"
+    assert " ".join(v_min.split()).startswith("v-min 25.00% 27.00% (27.0-27.0) +2.00 - - ")
 
 
 def test_each_side_is_held_against_its_own_table():

@@ -1,6 +1,7 @@
-"""Pipeline schedules as data: tables, a checker, and an executor for plain ``nn.Module`` stages.
+"""Pipeline schedules as data. Nothing here knows r1mega's model: stages are any ``nn.Module``.
 
-``actions`` (a table and its notation), ``schedules`` (generators), ``checker``, ``executor``, ``plain`` (an adapter for
-modules that know nothing of r1mega), ``partition`` (cutting a model), ``weight_gradient`` (the store of split
-backwards), ``transfers``, ``packing`` and ``transport`` (messages).
+A table: ``actions`` (tables and their notation), ``schedules`` (generators), ``auto`` (search), ``checker``,
+``transfers`` (the messages that follow from a table). Time: ``costs``, ``simulator``, ``timeline`` (pictures, traces).
+Running it: ``executor``, ``exchange`` (stages that pause where they communicate), ``weight_gradient`` (split backwards),
+``plain`` (an adapter for plain modules), ``transport`` and ``packing`` (messages). A model: ``partition`` (cutting it).
 """

@@ -20,8 +20,8 @@ to its last (Zero Bubble's definition); the JSON has the one over the whole step
 stages, so waiting, messages and Python all count as bubble. The simulation knows no communication. Medians of the
 steps; the ends of their range in brackets. On a machine with enough GPUs everything runs on them over NCCL.
 
-Ranks that sleep are disturbed by every other program that runs. Measure on a calm machine, or with real-time priority,
-which the ranks inherit: chrt --fifo 10 python benchmarks/pipeline_bubble.py
+Ranks that sleep are disturbed by all that runs beside them: use a calm machine, or --real_time. What a library adds
+to an action does not depend on how long it takes, so the longer the sleeps (--milliseconds), the smaller its share.
 
 Exit status: 0 where everything ran, whatever the numbers; 1 where a run failed.
 """
@@ -93,7 +93,7 @@ def of_rank(name: str, num_ranks: int, options: argparse.Namespace, times: dict[
 
 def sleeping(options: argparse.Namespace, progress: Progress) -> dict[str, dict]:
     """For each schedule the bubble: simulated, measured, and torch's."""
-    times = ["--milliseconds", *map(str, options.milliseconds)]
+    times = ["--milliseconds", *map(str, options.milliseconds), *(["--real_time"] if options.real_time else [])]
     progress.start("sleeping stages: r1mega")
     ours = run_program(R1MEGA, options.ranks, ["--stages=sleeping", *times, *_common(options, options.schedules)])
     both = [name for name in options.schedules if name in IN_TORCH and not options.without_torch]
@@ -255,7 +255,6 @@ def machine() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{cpu}, {os.cpu_count()} cores",
         "load_average": os.getloadavg()[0],
-        "real_time_priority": os.sched_getscheduler(0) != os.SCHED_OTHER,
         "versions": {
             "python": platform.python_version(),
             "r1mega": r1mega.__version__,
@@ -273,6 +272,15 @@ def _refusal(name: str, num_ranks: int, num_microbatches: int) -> str | None:
     return None
 
 
+def _may_have_real_time() -> bool:
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        return False
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return True
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -285,6 +293,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     add("--num_steps", type=int, default=5, help="timed steps of each schedule (default: %(default)s)")
     add("--num_warmup", type=int, default=1, help="steps before them (default: %(default)s)")
+    add("--real_time", action="store_true", help="ranks that sleep go before other programs (needs root)")
     add("--without_torch", action="store_true", help="do not measure torch.distributed.pipelining")
     add("--computing_ranks", type=int, help="ranks of the part 'computing' (default: at most the cores or GPUs)")
     add("--tokens", type=int, default=512, help="of a microbatch of the part 'computing' (default: %(default)s)")
@@ -305,6 +314,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in options.schedules or ():
         if (refusal := _refusal(name, options.ranks, options.microbatches)) is not None:
             parser.error(f"--schedules {name}: {refusal}")
+    if options.real_time and not _may_have_real_time():
+        parser.error("--real_time: this user may not have real-time priority; run as root, or without it")
     for path in (options.output, options.png):
         if path is not None and not path.parent.is_dir():
             parser.error(f"{path}: there is no folder {path.parent}")

@@ -40,12 +40,15 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     add("--tokens", type=int, default=64, help="rows of the tensors that travel (default: %(default)s)")
     add("--hidden_size", type=int, default=64, help="their width (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--real_time", action="store_true", help="go before other programs; only for stages that sleep")
     return parser
 
 
-def start(device_type: str) -> torch.device:
+def start(arguments: argparse.Namespace) -> torch.device:
     """Join torchrun's world: gloo, and NCCL for tensors on a GPU. The device of this rank."""
-    if device_type == "cpu":
+    if arguments.real_time:  # before gloo starts its threads, which inherit it
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    if arguments.device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         dist.init_process_group("gloo", timeout=TIMEOUT)
         return torch.device("cpu")
@@ -155,7 +158,7 @@ def main() -> None:
     parser.add_argument("--num_layers", type=int, default=2, help="layers of a rank, where stages compute")
     parser.add_argument("--width", type=int, default=256, help="width of their gated layers")
     arguments = parser.parse_args()
-    recorder = Recorder(Clock(start(arguments.device)))
+    recorder = Recorder(Clock(start(arguments)))
     run: Callable[[str, argparse.Namespace, Recorder], dict] = count_bytes if arguments.stages == "counted" else measure
     finish({name: run(name, arguments, recorder) for name in arguments.schedules})
 

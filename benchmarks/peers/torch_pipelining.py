@@ -149,7 +149,7 @@ def main() -> None:
     arguments = argument_parser(__doc__ or "").parse_args()
     warnings.filterwarnings("ignore", module=r"torch\.")
     logging.getLogger("torch.distributed.pipelining").setLevel(logging.ERROR)
-    recorder = Recorder(Clock(start(arguments.device)))
+    recorder = Recorder(Clock(start(arguments)))
     results = {}
     for name in arguments.schedules:
         try:

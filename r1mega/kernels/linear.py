@@ -63,6 +63,7 @@ class _Linears(torch.autograd.Function):
         if store is None:
             pairs = zip(grads, weights, strict=True)
             return grad_input, None, *(like_parameter(grad_TO.t() @ input_TI, weight) for grad_TO, weight in pairs)
+        input_TI = input_TI.detach()  # with its graph, work that waits would hold the input of the stage, too
         for grad_TO, weight in zip(grads, weights, strict=True):
             store.add(partial(_add_product, weight, grad_TO, input_TI))
         return grad_input, None, *(None for _ in weights)
@@ -108,7 +109,7 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_input = _grouped_matmul(grad_RO, local(weight).flatten(1, -2), counts)
         if ctx.needs_input_grad[1] and store is not None:
-            store.add(partial(_add_grouped_product, weight, grad_RO, input_RI, counts))
+            store.add(partial(_add_grouped_product, weight, grad_RO, input_RI.detach(), counts))
         elif ctx.needs_input_grad[1]:
             grad_weight = like_parameter(_grouped_product(weight, grad_RO, input_RI, counts), weight)
         return grad_input, grad_weight, None, None

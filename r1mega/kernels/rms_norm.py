@@ -45,8 +45,8 @@ class _RMSNorm(torch.autograd.Function):
         product = grad * normed
         mean = (product @ weight_H.to(scale.dtype)).div_(product.shape[-1]).unsqueeze(-1)
         grad_input = (grad * weight_H).addcmul_(normed, mean, value=-1).mul_(scale).to(input_TH.dtype)
+        grad_weight = product.flatten(0, -2).sum(0)  # now, so that work that waits holds one row only
         if store is None:
-            grad_weight = product.flatten(0, -2).sum(0).to(weight_H.dtype)
-            return grad_input, like_parameter(grad_weight, parameter), None, None
-        store.add(lambda: gradient_buffer(parameter).add_(product.flatten(0, -2).sum(0)))
+            return grad_input, like_parameter(grad_weight.to(weight_H.dtype), parameter), None, None
+        store.add(lambda: gradient_buffer(parameter).add_(grad_weight))
         return grad_input, None, None, None

@@ -34,7 +34,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,6 +42,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.launch import RunFailed, run_program  # noqa: E402
 from r1mega.files import write_whole  # noqa: E402
 from r1mega.pipeline.actions import Kind  # noqa: E402
 from r1mega.pipeline.costs import Costs  # noqa: E402
@@ -57,34 +57,6 @@ RUN_SECONDS = 1800
 MIB = 2**20
 
 
-class RunFailed(Exception):
-    """A program of the benchmark ended with an error."""
-
-
-def run_program(module: str, num_ranks: int, arguments: list[str]) -> dict[str, Any]:
-    """Run ``module`` on ``num_ranks`` processes of one thread each; the JSON that its rank 0 prints.
-
-    Raises:
-        RunFailed: it failed or did not end within ``RUN_SECONDS``. What it says of it stands on stderr.
-    """
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", module]
-    command = [sys.executable, "-m", *launcher, *arguments]
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        printed, _ = process.communicate(timeout=RUN_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise RunFailed(f"{module} did not end within {RUN_SECONDS} seconds") from None
-    finally:
-        if process.poll() is None:
-            process.terminate()  # which torchrun hands on to its workers; a kill would leave them behind
-            process.communicate()
-    if process.returncode != 0:
-        raise RunFailed(f"{module} on {num_ranks} ranks ended with status {process.returncode}")
-    return json.loads(printed.strip().splitlines()[-1])
-
-
 def of_rank(name: str, num_ranks: int, options: argparse.Namespace, times: dict[str, float]) -> Simulation:
     """The simulation of a schedule whose stages take ``times`` (of F, I, W)."""
     table = make_table(name, num_ranks, options.microbatches)
@@ -95,12 +67,18 @@ def sleeping(options: argparse.Namespace, progress: Progress) -> dict[str, dict]
     """For each schedule the bubble: simulated, measured, and torch's."""
     times = ["--milliseconds", *map(str, options.milliseconds), *(["--real_time"] if options.real_time else [])]
     progress.start("sleeping stages: r1mega")
-    ours = run_program(R1MEGA, options.ranks, ["--stages=sleeping", *times, *_common(options, options.schedules)])
+    ours = run_program(
+        R1MEGA,
+        options.ranks,
+        ["--stages=sleeping", *times, *_common(options, options.schedules)],
+        RUN_SECONDS,
+        progress=True,
+    )
     both = [name for name in options.schedules if name in IN_TORCH and not options.without_torch]
     theirs: dict[str, dict] = {}
     if both:
         progress.start("sleeping stages: torch.distributed.pipelining")
-        theirs = run_program(TORCH, options.ranks, [*times, *_common(options, both)])
+        theirs = run_program(TORCH, options.ranks, [*times, *_common(options, both)], RUN_SECONDS, progress=True)
     found = {}
     for name in options.schedules:
         table = make_table(name, options.ranks, options.microbatches)
@@ -117,7 +95,13 @@ def counted(options: argparse.Namespace, progress: Progress) -> dict[str, dict]:
     """For each schedule the bytes held at the peak by rank, measured and simulated."""
     progress.start("bytes held for backward")
     sizes = ["--tokens=256", "--hidden_size=128", "--width=512"]
-    ours = run_program(R1MEGA, options.ranks, ["--stages=counted", *_common(options, options.schedules), *sizes])
+    ours = run_program(
+        R1MEGA,
+        options.ranks,
+        ["--stages=counted", *_common(options, options.schedules), *sizes],
+        RUN_SECONDS,
+        progress=True,
+    )
     for name, line in ours.items():
         simulation = of_rank(name, options.ranks, options, dict.fromkeys("FIW", 1.0))
         line["simulated_peak_activations"] = simulation.peak_activations
@@ -131,7 +115,9 @@ def computing(options: argparse.Namespace, progress: Progress) -> dict[str, dict
     names = [name for name in options.schedules if _refusal(name, ranks, options.microbatches) is None]
     progress.start(f"computing stages on {ranks} ranks")
     sizes = [f"--tokens={options.tokens}", f"--hidden_size={options.hidden_size}", f"--width={2 * options.hidden_size}"]
-    ours = run_program(R1MEGA, ranks, ["--stages=computing", *_common(options, names), *sizes])
+    ours = run_program(
+        R1MEGA, ranks, ["--stages=computing", *_common(options, names), *sizes], RUN_SECONDS, progress=True
+    )
     found = {}
     for name, line in ours.items():
         means = line["mean_seconds"]

@@ -26,7 +26,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.launch import RunFailed, run_program  # noqa: E402
 from benchmarks.r1mega_step import model_config  # noqa: E402
 from benchmarks.workload import Workload, add_workload_arguments, workload_from  # noqa: E402
 from r1mega.config import ConfigError, ParallelConfig, require, validate_model_layout  # noqa: E402
@@ -45,37 +45,6 @@ PROGRAMS = {"r1mega": "benchmarks.r1mega_step", "megatron-core": "benchmarks.pee
 LOSS_TOLERANCE = 1e-4
 TARGET_RATIO = 0.7
 RUN_SECONDS = 600
-
-
-class RunFailed(Exception):
-    """A program of the benchmark ended with an error; the message holds the end of what it wrote."""
-
-
-def run_program(module: str, num_processes: int, arguments: list[str]) -> dict:
-    """Run ``module`` on ``num_processes`` ranks, one thread each; the JSON that its rank 0 printed last.
-
-    Raises:
-        RunFailed: it failed or did not end within ``RUN_SECONDS``.
-    """
-    command = [sys.executable, "-m", module, *arguments]
-    if num_processes > 1:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-        command = [sys.executable, "-m", *launcher, "-m", module, *arguments]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-    try:
-        printed, errors = process.communicate(timeout=RUN_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise RunFailed(f"{' '.join(command)} did not end within {RUN_SECONDS} seconds") from None
-    finally:
-        if process.poll() is None:
-            process.terminate()  # which torchrun hands on to its workers; a kill would leave them behind
-            process.communicate()
-    if process.returncode != 0:
-        raise RunFailed(f"{' '.join(command)} ended with {process.returncode}:\n{errors[-3000:]}")
-    return json.loads(printed.strip().splitlines()[-1])
 
 
 def parse_layout(text: str, workload: Workload) -> ParallelConfig:
@@ -110,9 +79,11 @@ def measure_layout(layout: str, workload: Workload, options: argparse.Namespace,
     for number in range(1, options.rounds + 1):
         for name in runs:
             progress.start(f"{layout}: {name}, round {number} of {options.rounds}")
-            runs[name].append(run_program(PROGRAMS[name], world, [*arguments, f"--num_steps={options.num_steps}"]))
+            runs[name].append(
+                run_program(PROGRAMS[name], world, [*arguments, f"--num_steps={options.num_steps}"], RUN_SECONDS)
+            )
         progress.start(f"{layout}: floor, round {number} of {options.rounds}")
-        floors.append(run_program("benchmarks.matmul_floor", 1, arguments))
+        floors.append(run_program("benchmarks.matmul_floor", 1, arguments, RUN_SECONDS))
     floor = {part: statistics.median(found[part] for found in floors) for part in floors[0]}
     return summary(layout, world, floor, runs, options.num_warmup)
 

@@ -1,6 +1,6 @@
 """One rank of the pipeline overhead benchmark: r1mega and torch.distributed.pipelining take turns on the same stages.
 
-    torchrun --nproc-per-node 4 -m benchmarks.pipeline_overhead_rank --cases zbv:plain
+    torchrun --nproc-per-node 4 -m benchmarks.pipeline_overhead_rank --case zbv:plain ...
 
 prints one line of JSON. Both start from copies of the same stages, get the same microbatches, and must end with the
 same gradients. What is timed is the CPU time of a process, all its threads, from the start of a step to its end.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -33,11 +34,10 @@ PEERS = {
     "1f1b": "1F1B",
     "interleaved": "Interleaved1F1B",
     "looped-bfs": "LoopedBFS",
-    "zb-1p, interleaved": "InterleavedZeroBubble",
+    "zb-1p interleaved": "InterleavedZeroBubble",
     "zbv": "ZBVZeroBubble",
     "dualpipev": "DualPipeV",
 }
-STAGES = ("plain", "custom function", "checkpointing")
 DEVICE = torch.device("cpu")
 Step = Callable[[], None]
 
@@ -141,13 +141,25 @@ def torch_step(name: str, stages: dict[int, nn.Module], table: Table, batch: Ten
 
 
 def r1mega_step(stages: dict[int, nn.Module], table: Table, batch: Tensor, targets: Tensor) -> Step:
-    """A step of r1mega's executor. Both libraries cut the batch into microbatches."""
+    """A step of r1mega's executor."""
     last, count = table.num_stages - 1, table.num_microbatches
+    microbatches = list(zip(batch.chunk(count), targets.chunk(count), strict=True))
     plain = {number: PlainStage(stage, _loss if number == last else None) for number, stage in stages.items()}
     executor = PipelineExecutor(table, plain, dist.group.WORLD)
 
     def step() -> None:
-        executor.run(list(zip(batch.chunk(count), targets.chunk(count), strict=True)))
+        executor.run(microbatches)
+
+    return step
+
+
+def alone_step(stages: dict[int, nn.Module], batch: Tensor, count: int) -> Step:
+    """Forward and backward of each stage and microbatch, without a pipeline."""
+
+    def step() -> None:
+        for stage in stages.values():
+            for microbatch in batch.chunk(count):
+                stage(microbatch.detach().requires_grad_()).backward(microbatch)
 
     return step
 
@@ -157,24 +169,27 @@ def _loss(output: Tensor, microbatch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def make_sides(case: str, options: argparse.Namespace) -> tuple[dict[str, Step], dict[str, list[nn.Parameter]]]:
-    """A step of each library on stages of its own with the same weights, and their parameters."""
+    """A step of each library (and of none) on stages of its own with the same weights, and their parameters."""
     name, kind = case.split(":")
     table = make_table_for(name, dist.get_world_size(), options.num_microbatches)
     numbers = table.stages_of(dist.get_rank())
-    ours, theirs = make_stages(numbers, kind, options), make_stages(numbers, kind, options)
+    ours, theirs, others = (make_stages(numbers, kind, options) for _ in range(3))
     parameters = {
         side: [parameter for stage in stages.values() for parameter in stage.parameters()]
-        for side, stages in (("r1mega", ours), ("torch", theirs))
+        for side, stages in (("r1mega", ours), ("torch", theirs), ("alone", others))
     }
     if kind == "checkpointing":
         table = with_recomputation(table)
-        theirs = {number: Checkpointed(stage) for number, stage in theirs.items()}
+        theirs, others = (
+            {number: Checkpointed(stage) for number, stage in stages.items()} for stages in (theirs, others)
+        )
     generator = torch.Generator().manual_seed(1)
     rows = options.num_microbatches * options.rows
     batch, targets = (torch.randn(rows, options.width, generator=generator) for _ in range(2))
     steps = {
         "r1mega": r1mega_step(ours, table, batch, targets),
         "torch": torch_step(name, theirs, table, batch, targets),
+        "alone": alone_step(others, batch, options.num_microbatches),
     }
     return steps, parameters
 
@@ -194,42 +209,41 @@ def over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
 
 
 def measure_case(case: str, options: argparse.Namespace) -> dict[str, Any]:
-    """CPU-seconds of a step of both sides, all ranks together, one number a round."""
+    """CPU-seconds of a step of each side, all ranks together, one number a round."""
     steps, parameters = make_sides(case, options)
     for step in steps.values():
         step()
-    found: dict[str, Any] = {"case": case, "difference": difference(parameters)}
+    found = {"difference": difference(parameters)}
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {side: [] for side in steps}
-    wall: dict[str, list[float]] = {side: [] for side in steps}
-    for number in range(options.rounds):
-        for side in sorted(steps, reverse=number % 2 == 1):
+    sides = list(steps)
+    for _ in range(options.rounds):
+        sides.append(sides.pop(0))  # nobody always comes after the same one
+        for side in sides:
             for parameter in parameters[side]:
                 parameter.grad = None
+            gc.collect()
             dist.barrier()
-            start, start_wall = time.process_time(), time.monotonic()
+            start = time.process_time()
             for _ in range(options.num_steps):
                 steps[side]()
             used = time.process_time() - start
-            dist.barrier()
-            wall[side].append((time.monotonic() - start_wall) / options.num_steps)
             seconds[side].append(over_ranks(used, dist.ReduceOp.SUM) / options.num_steps)
-    return found | {"cpu_seconds": seconds, "wall_seconds": wall}
+    return found | {"cpu_seconds": seconds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", required=True, metavar="SCHEDULE:STAGES")
+    parser.add_argument("--case", required=True, metavar="SCHEDULE:STAGES")
     for name in ("num_microbatches", "rows", "width", "num_layers", "rounds", "num_steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    for case in options.cases:
-        found = measure_case(case, options)
-        if dist.get_rank() == 0:
-            print(json.dumps(found), flush=True)
+    found = measure_case(options.case, options)
+    if dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
     dist.destroy_process_group()
 
 

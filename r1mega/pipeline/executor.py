@@ -247,6 +247,8 @@ class PipelineExecutor:
 
     def _backward(self, action: Action, gradients: tuple[Tensor, ...]) -> Act:
         saved = self._saved.pop(action[1:])
+        # checkpoints inside a stage compute it again in its backward, and must find what the forward found
+        self.weight_gradients.will_split = action[1:] in self._split
         assert len(gradients) == len(saved.activations), f"{action}: the last stage must not return activations"
         pairs = zip(saved.activations, gradients, strict=True)
         backward([(edge, gradient) for edge, gradient in pairs if edge is not None] + [(x, None) for x in saved.losses])

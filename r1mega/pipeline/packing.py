@@ -84,10 +84,28 @@ def layout(specs: Specs) -> tuple[list[int], int]:
     return offsets, total
 
 
-def pack(tensors: tuple[Tensor, ...], specs: Specs, out: Tensor) -> None:
-    """Copy the tensors into ``out``, uint8 of at least the length that :func:`layout` gives."""
-    for tensor, spec, offset in zip(tensors, specs, layout(specs)[0], strict=True):
-        _view(out, offset, spec).copy_(tensor)
+def pack(tensors: tuple[Tensor, ...], specs: Specs, header: Tensor | None = None, length: int = 0) -> Tensor:
+    """The bytes of the tensors, uint8, laid out as :func:`layout` says; a copy.
+
+    Args:
+        tensors: what is packed.
+        specs: of the tensors.
+        header: bytes to put in front.
+        length: of the result behind the header, at least.
+    """
+    parts = [] if header is None else [header]
+    for tensor, spec in zip(tensors, specs, strict=True):
+        parts.append(tensor.detach().reshape(-1).view(torch.uint8))
+        if spec.num_bytes % ALIGNMENT:
+            parts.append(_padding(-spec.num_bytes % ALIGNMENT, tensor.device))
+    missing = length - layout(specs)[1]
+    if missing > 0:
+        parts.append(_padding(missing, parts[0].device))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def _padding(num_bytes: int, device: torch.device) -> Tensor:
+    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
 
 def unpack(payload: Tensor, specs: Specs) -> tuple[Tensor, ...]:

@@ -22,6 +22,10 @@ from r1mega.pipeline.actions import Kind
 from r1mega.pipeline.packing import HEADER_BYTES, Spec, Specs, decode_header, encode_header, layout, pack, unpack
 from r1mega.pipeline.transfers import Message, Program
 
+# So many works that are done are kept: the destructor of one of gloo's spins while gloo's own thread is still in it,
+# which may cost more CPU time than all else about a message; a little later that thread has left.
+NUM_KEPT_WORKS = 4
+
 Flight = tuple[list[dist.Work], list[Tensor]]  # what is under way, and the buffers that must live until it is done
 
 
@@ -85,8 +89,10 @@ class ProcessGroupTransport:
             self._header_group = make(ranks, backend="gloo", use_local_synchronization=True)
             self._up, self._down = (make(ranks, use_local_synchronization=True) for _ in range(2))
         self._channels: dict[int, _Channel] = {}
-        self._outbox: dict[int, deque[Flight]] = {}  # by destination: messages that may still be on their way
+        # by destination: messages that may still be on their way
+        self._outbox: dict[int, deque[tuple[Message, Flight]]] = {}
         self._num_sent: dict[int, int] = {}  # by destination: messages of this run
+        self._done: deque[dist.Work] = deque(maxlen=NUM_KEPT_WORKS if self._on_cpu else 0)
         self._guess: dict[tuple[int, int], int] = {}  # (rank that receives, stage that made it) -> payload bytes
         self._sent_specs: dict[tuple[int, int], Specs] = {}  # (stage, microbatch) -> what its gradients look like
 
@@ -101,7 +107,7 @@ class ProcessGroupTransport:
     def send(self, message: Message, tensors: tuple[Tensor, ...]) -> None:
         peer = message.destination
         sent = self._send_activations if message.kind is Kind.F else self._send_gradients
-        self._outbox.setdefault(peer, deque()).append(sent(message, tensors))
+        self._outbox.setdefault(peer, deque()).append((message, sent(message, tensors)))
         self._num_sent[peer] = self._num_sent.get(peer, 0) + 1
         if peer in self._channels:  # the gradients of what was just sent may be the next to come
             self._post(peer)
@@ -128,11 +134,11 @@ class ProcessGroupTransport:
         """Wait for, and let go, the first ``acknowledged`` messages of this run to ``peer``."""
         outbox = self._outbox.get(peer, ())
         while outbox and self._num_sent[peer] - len(outbox) < acknowledged:
-            works, _ = outbox.popleft()
+            message, (works, _) = outbox.popleft()
             try:
-                _wait(works)
+                self._wait(works)
             except RuntimeError as error:
-                raise PeerError(peer, "waited until a message was taken by", error) from error
+                raise PeerError(peer, f"waited until {message} were taken by", error) from error
 
     def _post(self, source: int) -> None:
         """Start the next receive from ``source``, if none is under way and its size is known."""
@@ -156,7 +162,7 @@ class ProcessGroupTransport:
         assert channel.posted is not None, f"{message} is waited for before its size is known"
         works, buffers = channel.posted
         channel.posted = None
-        _wait(works)
+        self._wait(works)
         if message.kind is not Kind.F:
             return tuple(buffers)
         payload = buffers[0][HEADER_BYTES:]
@@ -166,7 +172,7 @@ class ProcessGroupTransport:
             first, payload = payload, torch.empty(total, dtype=torch.uint8, device=self.device)
             payload[:guess] = first
             group = self._direction(message.source, self.rank)
-            _receive(payload[guess:], group, message.source).wait()
+            self._wait([_receive(payload[guess:], group, message.source)])
         if self._on_cpu:
             self._guess[self.rank, message.stage] = total
         return unpack(payload, specs)
@@ -177,15 +183,11 @@ class ProcessGroupTransport:
         total, guess = layout(specs)[1], self._guess.get((peer, message.stage), 0)
         if self._on_cpu:
             self._guess[peer, message.stage] = total
-            full = torch.empty(HEADER_BYTES + max(total, guess), dtype=torch.uint8)
-            full[:HEADER_BYTES].copy_(encode_header(specs))
-            payload = full[HEADER_BYTES:]
-            first, rest = (full, full) if total == guess else (full[: HEADER_BYTES + guess], payload[guess:])
+            first = rest = pack(tensors, specs, encode_header(specs), guess)
+            if total > guess:
+                first, rest = first[: HEADER_BYTES + guess], first[HEADER_BYTES + guess :]
         else:
-            first, rest = encode_header(specs), torch.empty(total, dtype=torch.uint8, device=self.device)
-            payload = rest
-        with torch.no_grad():
-            pack(tensors, specs, payload)
+            first, rest = encode_header(specs), pack(tensors, specs)
         works = [_send(first, self._header_group, peer)]
         if total > guess:
             works.append(_send(rest, self._direction(self.rank, peer), peer))
@@ -195,6 +197,11 @@ class ProcessGroupTransport:
         buffers = [tensor.contiguous() for tensor in tensors]
         group = self._direction(self.rank, message.destination)
         return [_send(buffer, group, message.destination) for buffer in buffers], buffers
+
+    def _wait(self, works: list[dist.Work]) -> None:
+        for work in works:
+            work.wait()
+        self._done.extend(works)
 
     def _direction(self, source: int, destination: int) -> dist.ProcessGroup:
         return self._up if source < destination else self._down
@@ -212,8 +219,3 @@ def _receive(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> dist.Work:
 def _real(tensor: Tensor) -> Tensor:
     """Process groups move no complex numbers."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _wait(works: list[dist.Work]) -> None:
-    for work in works:
-        work.wait()

@@ -34,8 +34,8 @@ class WeightGradientStore:
     Attributes:
         pending: kept work by (stage, microbatch), in the order in which it was added. Work that is left at the end of a
             run would be a lost gradient: see :meth:`require_empty`.
-        will_split: the backward of the forward that runs now will be an I. Layers whose ordinary backward is faster
-            than a handed-over one need the store only then.
+        will_split: what runs now belongs to a stage and microbatch that have an I. Layers whose ordinary backward is
+            faster than a handed-over one need the store only then.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class _Linear(torch.autograd.Function):
         _, wants_weight, wants_bias, _ = ctx.needs_input_grad
         if wants_weight or wants_bias:
             parameters = weight if wants_weight else None, bias if wants_bias else None
-            ctx.store.add(partial(_add_linear, *parameters, x, gradient))
+            ctx.store.add(partial(_add_linear, *parameters, x.detach(), gradient))
         # autocast leaves the weight in float32 and the gradient in a shorter type
         return (gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None), None, None, None
 
@@ -139,7 +139,7 @@ class _Linear(torch.autograd.Function):
 def _add_linear(weight: Tensor | None, bias: Tensor | None, x: Tensor, gradient: Tensor) -> None:
     gradient = gradient.flatten(0, -2) if gradient.dim() > 1 else gradient.unsqueeze(0)
     if weight is not None:
-        rows = x.reshape(gradient.shape[0], -1).to(gradient.dtype)
+        rows = x.reshape(gradient.shape[0], x.shape[-1]).to(gradient.dtype)
         if weight.grad is not None and weight.grad.dtype == gradient.dtype:
             weight.grad.addmm_(gradient.t(), rows)  # in the product: no second tensor of the weight's size
         else:

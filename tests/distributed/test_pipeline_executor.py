@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from r1mega.pipeline.checker import check
 from r1mega.pipeline.executor import PipelineError, PipelineExecutor, StageOutput
 from r1mega.pipeline.plain import PlainStage
 from r1mega.pipeline.schedules import SCHEDULES, gpipe, make_table, one_f_one_b
+from r1mega.pipeline.transfers import programs
+from r1mega.pipeline.transport import PeerError, ProcessGroupTransport
 from tests.distributed.pool import WorkerPool
 
 WIDTH = 6
@@ -333,6 +336,50 @@ def test_a_peer_that_is_gone_is_named_with_the_action_that_waits_for_it(pool: Wo
     assert message.startswith("pipeline rank 0, action 0")
     assert "rank 1: " in message
     assert "\n" not in message
+
+
+def run_while_rank_1_is_silent(rank: int, world_size: int, csv: str) -> str:
+    """Rank 1 lives and has connections, but takes no part; its patience is longer."""
+    group = dist.new_group(list(range(world_size)), timeout=timedelta(seconds=1))
+    stages = {0: PlainStage(mlp(2)[0])} if rank == 0 else {1: PlainStage(mlp(2)[1], squared_error)}
+    executor = PipelineExecutor(Table.from_csv(csv), stages, group)
+    message = ""
+    if rank == 0:
+        try:
+            executor.run(microbatches(2, 0))
+        except PipelineError as error:
+            message = str(error)
+    dist.barrier()
+    return message
+
+
+def test_a_hang_says_which_rank_waits_for_which_action_of_which_peer(pool: WorkerPool) -> None:
+    message = pool.run(run_while_rank_1_is_silent, 2, one_f_one_b(2, 2).to_csv())[0]
+    assert message.startswith(
+        "pipeline rank 0, action 0B0: waited for the gradients from stage 1, microbatch 0 from rank 1: "
+    )
+    assert "imed out" in message
+
+
+def run_while_rank_1_takes_nothing(rank: int, world_size: int) -> str:
+    group = dist.new_group(list(range(world_size)), timeout=timedelta(seconds=1))
+    transport = ProcessGroupTransport(group, torch.device("cpu"))
+    program = programs(one_f_one_b(2, 1), forward_only=True)[rank]
+    message = ""
+    if rank == 0:
+        transport.start(program)
+        transport.send(program.steps[0][0].gives, (torch.zeros(3),))
+        try:
+            transport.finish()
+        except PeerError as error:
+            message = str(error)
+    dist.barrier()
+    return message
+
+
+def test_a_message_that_nobody_takes_is_named(pool: WorkerPool) -> None:
+    message = pool.run(run_while_rank_1_takes_nothing, 2)[0]
+    assert message.startswith("waited until the activations from stage 0, microbatch 0 were taken by rank 1: ")
 
 
 def test_weight_gradients_that_are_left_over_are_an_error() -> None:

@@ -19,11 +19,11 @@ def test_any_tuple_of_tensors_survives() -> None:
         torch.randn(5).to(torch.bfloat16).requires_grad_(),
     )
     specs = tuple(Spec.of(tensor) for tensor in tensors)
-    payload = torch.empty(layout(specs)[1] + 9, dtype=torch.uint8)
-    with torch.no_grad():
-        pack(tensors, specs, payload)
-    header = encode_header(specs)
-    assert header.numel() == HEADER_BYTES
+    total = layout(specs)[1]
+    assert pack(tensors, specs).numel() == pack(tensors, specs, length=total - 1).numel() == total
+    message = pack(tensors, specs, encode_header(specs), length=total + 9)
+    assert message.numel() == HEADER_BYTES + total + 9
+    header, payload = message[:HEADER_BYTES], message[HEADER_BYTES:]
     assert decode_header(header) == specs
     for before, after in zip(tensors, unpack(payload, specs), strict=True):
         assert torch.equal(before, after)
@@ -34,6 +34,7 @@ def test_any_tuple_of_tensors_survives() -> None:
 
 def test_no_tensor_at_all_survives() -> None:
     assert decode_header(encode_header(())) == ()
+    assert pack((), ()).numel() == 0
 
 
 def test_more_tensors_than_a_header_holds_are_refused() -> None:

@@ -1,0 +1,112 @@
+"""Layers of torch that hand over their weight gradients: the same numbers, later."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from r1mega.pipeline.weight_gradient import WeightGradientStore, split_weight_gradients
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def frozen() -> nn.Linear:
+    layer = nn.Linear(3, 4)
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
+    "rows": (lambda: nn.Linear(3, 4), (5, 3), True),
+    "one row": (lambda: nn.Linear(3, 4), (3,), True),
+    "no row": (lambda: nn.Linear(3, 4), (0, 3), True),
+    "sequences, no bias": (lambda: nn.Linear(3, 4, bias=False), (2, 5, 3), True),
+    "frozen weight": (frozen, (5, 3), True),
+    "embedding": (lambda: nn.Embedding(7, 4), (2, 5), True),
+    "embedding with padding": (lambda: nn.Embedding(7, 4, padding_idx=3), (9,), True),
+    "a forward of its own": (lambda: OwnForward(3, 4), (5, 3), False),
+    "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), (5, 3), False),
+    "scaled by frequency": (lambda: nn.Embedding(7, 4, scale_grad_by_freq=True), (9,), False),
+    "another kind": (lambda: nn.LayerNorm(3), (5, 3), False),
+}
+
+
+def set_store(module: nn.Module, store: WeightGradientStore) -> None:
+    for layer in module.modules():
+        if hasattr(layer, "weight_gradients"):
+            layer.weight_gradients = store
+
+
+def input_for(layer: nn.Module, shape: tuple[int, ...], number: int) -> Tensor:
+    torch.manual_seed(number)
+    if isinstance(layer, nn.Embedding):
+        return torch.randint(0, 7, shape)
+    return torch.randn(shape, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_are_those_of_torch_and_wait_for_w_where_they_can(name: str) -> None:
+    torch.manual_seed(0)
+    make, shape, is_split = LAYERS[name]
+    layer = make()
+    reference, store = copy.deepcopy(layer), WeightGradientStore()
+    names = [name for name, _ in layer.named_parameters()]
+    assert split_weight_gradients(split_weight_gradients(layer)) is layer
+    assert [name for name, _ in layer.named_parameters()] == names
+    set_store(layer, store)
+    for microbatch in range(2):
+        mine, other = (input_for(layer, shape, microbatch) for _ in range(2))
+        output = layer(mine)
+        weight = torch.randn_like(output)
+        before = [None if p.grad is None else p.grad.clone() for p in layer.parameters()]
+        with store.deferred(0, microbatch):
+            (output * weight).sum().backward()
+        if is_split:
+            after = [p.grad for p in layer.parameters()]
+            assert all(a is b or torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        store.run(0, microbatch)
+        (reference(other) * weight).sum().backward()
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad, other.grad)
+    for ours, theirs in zip(layer.parameters(), reference.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_under_autocast_gradients_have_the_type_of_the_weight() -> None:
+    torch.manual_seed(0)
+    layer = split_weight_gradients(nn.Linear(3, 4))
+    reference = copy.deepcopy(layer)
+    set_store(layer, WeightGradientStore())
+    for module in (layer, reference):
+        for _ in range(2):
+            x = torch.arange(6.0).view(2, 3).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                output = module(x)
+            assert output.dtype == torch.bfloat16
+            output.float().sum().backward()
+            assert x.grad.dtype == torch.float32
+    for ours, theirs in zip(layer.parameters(), reference.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_tied_weight_collects_both_gradients() -> None:
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    head.weight = embedding.weight
+    model = split_weight_gradients(nn.Sequential(embedding, head))
+    reference = copy.deepcopy(model)
+    set_store(model, WeightGradientStore())
+    for module in (model, reference):
+        module(torch.tensor([1, 2, 2])).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, reference[0].weight.grad)

@@ -64,7 +64,7 @@ def extensions() -> dict:
         return {}
     extension = Extension(
         "r1mega._C",
-        ["csrc/bind.cpp"],
+        ["csrc/bind.cpp", "csrc/buffers.cpp"],
         include_dirs=[pybind11.get_include(), "csrc"],
         define_macros=[("R1MEGA_X86", None)] if len(LEVELS) > 1 else [],
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()),

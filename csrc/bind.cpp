@@ -8,12 +8,13 @@
 #include <thread>
 #include <vector>
 
+#include "buffers.h"
 #include "kernels.h"
 
 namespace r1mega {
 namespace {
 
-constexpr int kInterface = 1;                  // r1mega/kernels/native.py wants the same; raise both together
+constexpr int kInterface = 2;                  // r1mega/kernels/native.py wants the same; raise both together
 constexpr int64_t kElementsOfThread = 1 << 16;  // less work is not worth a thread
 
 const Kernels* best_kernels() {
@@ -186,6 +187,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("ROWS_OF_PARTIAL") = kRowsOfPartial;
   m.def("level", [] { return kernels->level; });
   m.def("set_level", &set_level);
+  pybind11::class_<Buffer>(m, "Buffer", pybind11::buffer_protocol())
+      .def(pybind11::init<size_t>())
+      .def_buffer([](Buffer& buffer) {
+        return pybind11::buffer_info(buffer.data(), 1, pybind11::format_descriptor<uint8_t>::format(),
+                                     pybind11::ssize_t(buffer.bytes()));
+      });
+  m.def("waiting_bytes", &waiting_bytes);
+  m.def("release_waiting", &release_waiting);
   m.def("rank_choices", &rank_choices, without_gil);
   m.def("permute", &permute, without_gil);
   m.def("copy_rows", &copy_rows, without_gil);

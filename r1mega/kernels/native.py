@@ -8,18 +8,22 @@ specification. Neither choice needs a setting, and results do not depend on the 
 from __future__ import annotations
 
 import importlib
+import math
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-INTERFACE = 1  # the extension's functions and their arguments; bind.cpp has the same number
+INTERFACE = 2  # the extension's functions and their arguments; bind.cpp has the same number
 SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
 PLAIN = (Tensor, torch.nn.Parameter)
 # From this size on, copied rows go past the cache: they would push out what is needed sooner.
 STREAMED_BYTES = 1 << 23
 ALIGNMENT = 16
+# From this size on, results are made in memory that is used again (csrc/buffers.h).
+REUSED_BYTES = 1 << 23
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -65,6 +69,14 @@ def _pointer(argument: object) -> object:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     return 0 if argument is None else argument
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A new tensor of the type and device of ``like``; a large one's memory is used again when nothing refers to it."""
+    num_bytes = math.prod(shape) * like.element_size()
+    if library is None or num_bytes < REUSED_BYTES:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return torch.frombuffer(library.Buffer(num_bytes), dtype=like.dtype).view(shape)
 
 
 def streams(out: Tensor, row_bytes: int) -> bool:

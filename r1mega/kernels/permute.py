@@ -134,9 +134,9 @@ def _copy_weights(weights_TK: Tensor, row_map: RowMap) -> Tensor:
 
 
 def _rows_for(input_TH: Tensor, row_map: RowMap) -> tuple[Tensor, int]:
-    make = input_TH.new_zeros if row_map.padded else input_TH.new_empty
     width = input_TH.shape[1]
-    return make(row_map.num_rows, width), width * input_TH.element_size()
+    out = native.empty((row_map.num_rows, width), input_TH)
+    return out.zero_() if row_map.padded else out, width * input_TH.element_size()
 
 
 def _copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
@@ -168,7 +168,7 @@ def _sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:
         return reference_sum_rows(rows_RH, row_map)
     rows_RH = rows_RH.contiguous()
     num_tokens, top_k = row_map.row_of_choice.shape
-    out = rows_RH.new_empty(num_tokens, rows_RH.shape[1])
+    out = native.empty((num_tokens, rows_RH.shape[1]), rows_RH)
     native.call("sum_rows", rows_RH, rows_RH, row_map.row_of_choice, out, num_tokens, top_k, rows_RH.shape[1])
     return out
 

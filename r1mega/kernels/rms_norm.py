@@ -50,7 +50,7 @@ def _forward(input_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Te
     stride = native.row_stride(input_TH)
     if stride is None or not native.takes(input_TH, weight_H):
         return _reference_forward(input_TH, weight_H, eps)
-    out = torch.empty_like(input_TH, memory_format=torch.contiguous_format)
+    out = native.empty(input_TH.shape, input_TH)
     scale = input_TH.new_empty(*input_TH.shape[:-1], 1)
     arguments = (input_TH, stride, weight_H.contiguous(), eps, out, scale, scale.numel(), input_TH.shape[-1])
     native.call("rms_norm", input_TH, *arguments)
@@ -64,7 +64,7 @@ def _backward(grad_TH: Tensor, input_TH: Tensor, weight_H: Tensor, scale: Tensor
         return _reference_backward(grad_TH, input_TH, weight_H, scale)
     assert native.library is not None
     num_rows, width = scale.numel(), input_TH.shape[-1]
-    grad_input = torch.empty_like(input_TH, memory_format=torch.contiguous_format)
+    grad_input = native.empty(input_TH.shape, input_TH)
     partial = input_TH.new_empty(-(-num_rows // native.library.ROWS_OF_PARTIAL), width)
     native.call(
         "rms_norm_backward", input_TH, grad_TH.contiguous(), input_TH, stride, weight_H.contiguous(), scale,

@@ -8,7 +8,9 @@ The first table compares whole paths, forward and backward: the tokens' rows and
 of each token's rows, with gradients of tokens and weights. The experts between them are left out. Each path starts from
 what its own router hands over: r1mega and ``argsort`` from the experts of each token (r1mega's ranks are counted in,
 although ``route`` makes them on the way), Megatron's ``permute`` and ``unpermute``, as its all-to-all dispatcher calls
-them, from a dense map and dense probabilities, whose making is not counted. Results are compared before they are timed.
+them, from a dense map and dense probabilities, whose making is not counted. Results are compared before they are
+timed. A large part of r1mega's lead at the default sizes is that its large results use their memory again, where the
+others' blocks of 32 MiB are mapped anew in each call (csrc/buffers.h); --tokens 2048 shows what is left without that.
 
 The second table has r1mega's stages: time, the fewest bytes that a stage can move, and which fraction of the bandwidth
 of a plain copy on this machine that is. A stage that works in the cache can exceed 1.

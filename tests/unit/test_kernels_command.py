@@ -10,10 +10,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from r1mega import cli
+from r1mega.config import Config
 from r1mega.kernels import native
 from r1mega.kernels.overview import OPERATIONS
+from r1mega.train import pretrain
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -45,6 +48,20 @@ def test_without_the_extension_every_operation_runs_pytorch_and_the_reason_is_sa
 def test_with_the_extension_every_operation_that_has_cpp_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
     for operation in json.loads(printed(capsys, "--json"))["operations"]:
         assert operation["running"] == operation["implementations"][0]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_run_says_once_that_the_extension_is_missing_and_nothing_otherwise(
+    monkeypatch: pytest.MonkeyPatch, missing: bool
+) -> None:
+    monkeypatch.setattr(native, "library", None if missing else object())
+    monkeypatch.setattr(native, "reason", "it rains")
+    state = SimpleNamespace(size=lambda name: 1, layout=SimpleNamespace(world_size=1), device=torch.device("cpu"))
+    trainer = SimpleNamespace(config=Config(), state=state, progress=SimpleNamespace(step=0))
+    messages: list[str] = []
+    pretrain._announce(trainer, SimpleNamespace(message=messages.append))
+    assert [message for message in messages if "it rains" in message] == messages[1:]
+    assert len(messages) == 1 + missing
 
 
 def test_an_extension_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 ROOT = Path(__file__).parent
 
@@ -23,15 +26,54 @@ def version() -> str:
     return found[1]
 
 
-def extensions() -> dict:
-    """The C++ extension, once there are sources in csrc/. It needs torch, hence pip's --no-build-isolation."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
-    if not sources:
-        return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+# Vector code out of plain loops: ``omp simd`` may reorder the sums it names (no OpenMP library is used), and neither
+# errno nor floating-point traps are wanted. All else is as the language says: NaN and infinity keep their meaning.
+VECTOR_FLAGS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+# csrc/kernels.cpp is compiled once for each level; the best that the machine has is picked at run time.
+LEVELS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS["avx2"] = ["-mavx2", "-mfma"]
+    LEVELS["avx512"] = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 
-    extension = CppExtension("r1mega._C", sources, extra_compile_args=["-O3", "-std=c++20"])
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+class BuildKernels(build_ext):
+    """Compiles the kernels of each level beside the extension's own source."""
+
+    def build_extension(self, extension: Extension) -> None:
+        extension.extra_objects = []
+        try:
+            for level, flags in LEVELS.items():
+                extension.extra_objects += self.compiler.compile(
+                    ["csrc/kernels.cpp"],
+                    output_dir=str(Path(self.build_temp, level)),
+                    macros=[("R1MEGA_LEVEL", level)],
+                    extra_postargs=FLAGS + VECTOR_FLAGS + flags,
+                )
+            super().build_extension(extension)
+        except CCompilerError as error:
+            # Not only setuptools' own warning: pip does not show it. ``r1mega kernels`` says what is missing.
+            print(f"r1mega: no C++ kernels, PyTorch's operations will be used: {error}")
+
+
+def extensions() -> dict:
+    """The C++ kernels. They need pybind11 and a compiler; without either r1mega is installed without them."""
+    try:
+        import pybind11
+    except ImportError:
+        return {}
+    extension = Extension(
+        "r1mega._C",
+        ["csrc/bind.cpp", "csrc/buffers.cpp"],
+        include_dirs=[pybind11.get_include(), "csrc"],
+        define_macros=[("R1MEGA_X86", None)] if len(LEVELS) > 1 else [],
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()),
+        extra_compile_args=FLAGS,
+        extra_link_args=["-pthread"],
+        language="c++",
+        optional=True,
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
 
 
 setup(

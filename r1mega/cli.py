@@ -1,4 +1,4 @@
-"""The command line: ``r1mega pretrain | layout | model | export | simulate``.
+"""The command line: ``r1mega pretrain | layout | model | export | simulate | kernels``.
 
 A command is a function ``(arguments) -> exit status`` in :data:`COMMANDS`. Settings are parsed and checked before torch
 is imported, so that a mistake costs half a second. A mistake is one line on stderr, from rank 0, and exit status 2.
@@ -233,12 +233,33 @@ def simulate_command(argv: list[str]) -> int:
     return simulate_command(argv)
 
 
+KERNELS_HELP = """\
+List the operations of r1mega.kernels: what each does, its implementations, which one runs on this machine, and why.
+
+examples:
+  r1mega kernels          # a table
+  r1mega kernels --json   # for programs
+"""
+
+
+def kernels_command(argv: list[str]) -> int:
+    """list operations and the implementations that run here"""
+    parser = CommandParser(prog="r1mega kernels", usage="r1mega kernels [--json]", description=KERNELS_HELP)
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
+    options = parser.parse_args(argv)
+    from r1mega.kernels.overview import as_dict, as_text
+
+    print(json.dumps(as_dict()) if options.json else as_text())
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain_command,
     "layout": layout_command,
     "model": model_command,
     "export": export_command,
     "simulate": simulate_command,
+    "kernels": kernels_command,
 }
 
 if __name__ == "__main__":

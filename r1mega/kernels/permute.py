@@ -1,6 +1,8 @@
-"""Moving token rows to routed rows and back: ``permute`` and ``combine``, each the other's backward.
+"""Moving token rows to expert order and back: ``permute`` and ``combine``, each the other's backward.
 
-A token goes to up to K experts, so R routed rows come from T tokens. :class:`RowMap` holds the map both ways.
+The rows of an expert stand together, experts in order, in the order of their ranks (``r1mega.kernels.route``). So the
+row of a choice is ``first row of its expert + rank``: no sort, and the C++ kernel computes it inside the copy.
+Shapes: T tokens, K choices a token, E experts, H hidden, R routed rows.
 """
 
 from __future__ import annotations
@@ -11,25 +13,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1mega.kernels import native
+
 
 @dataclass
 class RowMap:
-    """Which token each routed row copies, and which routed rows each token owns.
+    """Which routed row each choice owns.
 
     Args:
-        token_of_row: ``[R]`` int64.
-        rows_by_token: ``[kept]`` int64, the routed rows of token 0, then those of token 1, ...; no padding rows.
-        first_of_token: ``[T]`` int64, where each token's rows begin in ``rows_by_token``.
+        row_of_choice: ``[T, K]`` int64; -1 for a dropped choice.
+        num_rows: R.
+        dropped: whether some choices may own no row.
+        padded: whether some rows may belong to no choice; they are zero, as is their weight.
     """
 
-    token_of_row: Tensor
-    rows_by_token: Tensor
-    first_of_token: Tensor
+    row_of_choice: Tensor
+    num_rows: int
+    dropped: bool = False
+    padded: bool = False
 
 
-def permute(input_TH: Tensor, row_map: RowMap) -> Tensor:
-    """Copy each token to its routed rows: ``[T, H] -> [R, H]``."""
-    return _Permute.apply(input_TH, row_map)
+def permute(
+    input_TH: Tensor,
+    weights_TK: Tensor,
+    experts_TK: Tensor,
+    ranks_TK: Tensor,
+    counts_E: Tensor,
+    may_drop: bool = False,
+    capacity: int | None = None,
+) -> tuple[Tensor, Tensor, RowMap]:
+    """Copy each token and its weights to its routed rows.
+
+    Args:
+        input_TH: ``[T, H]``.
+        weights_TK: ``[T, K]``.
+        experts_TK: ``[T, K]`` int64; E marks a dropped choice.
+        ranks_TK: ``[T, K]`` int64, of each choice among those of its expert.
+        counts_E: ``[E]`` int64, choices of each expert.
+        may_drop: whether there may be dropped choices.
+        capacity: give each expert exactly this many rows, at least its count; the added ones are zero.
+
+    Returns:
+        rows ``[R, H]``, their weights ``[R]`` and the map that :func:`combine` takes.
+    """
+    if capacity is None:
+        num_rows = int(counts_E.sum()) if may_drop else experts_TK.numel()
+        first_of_expert = counts_E.cumsum(0) - counts_E
+    else:
+        num_rows = counts_E.shape[0] * capacity
+        first_of_expert = torch.arange(0, num_rows, capacity, device=counts_E.device) if capacity else counts_E
+    row_map = RowMap(torch.empty_like(experts_TK), num_rows, may_drop, capacity is not None)
+    rows, weights = _Permute.apply(input_TH, weights_TK, experts_TK, ranks_TK, first_of_expert, row_map)
+    return rows, weights, row_map
 
 
 def combine(rows_RH: Tensor, row_map: RowMap) -> Tensor:
@@ -37,26 +72,35 @@ def combine(rows_RH: Tensor, row_map: RowMap) -> Tensor:
     return _Combine.apply(rows_RH, row_map)
 
 
-def _copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
-    return input_TH.index_select(0, row_map.token_of_row)
-
-
-def _sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:
-    # embedding_bag sums without writing the gathered rows; it wants one row at least.
-    if rows_RH.shape[0] == 0:
-        return rows_RH.new_zeros(row_map.first_of_token.shape[0], rows_RH.shape[1])
-    return F.embedding_bag(row_map.rows_by_token, rows_RH, row_map.first_of_token, mode="sum")
-
-
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_TH, row_map):
+    def forward(ctx, input_TH, weights_TK, experts_TK, ranks_TK, first_of_expert, row_map):
         ctx.row_map = row_map
-        return _copy_rows(input_TH, row_map)
+        ctx.set_materialize_grads(False)
+        num_tokens, top_k = experts_TK.shape
+        if not native.takes(input_TH):
+            find_rows(experts_TK, ranks_TK, first_of_expert, row_map)
+            return reference_copy_rows(input_TH, row_map), _copy_weights(weights_TK, row_map)
+        input_TH = input_TH.contiguous()
+        out, row_bytes = _rows_for(input_TH, row_map)
+        native.call(
+            "permute", None, input_TH, experts_TK.contiguous(), ranks_TK.contiguous(), first_of_expert,
+            row_map.row_of_choice, out, num_tokens, first_of_expert.shape[0], top_k, row_bytes,
+            native.streams(out, row_bytes),
+        )  # fmt: skip
+        return out, _copy_weights(weights_TK, row_map)
 
     @staticmethod
-    def backward(ctx, grad_RH):
-        return _sum_rows(grad_RH.contiguous(), ctx.row_map), None
+    def backward(ctx, grad_RH, grad_R):
+        row_map = ctx.row_map
+        grad_input = None if grad_RH is None else _sum_rows(grad_RH, row_map)
+        grad_weights = None
+        if grad_R is not None:
+            rows = row_map.row_of_choice
+            if row_map.dropped:
+                grad_R = torch.cat([grad_R, grad_R.new_zeros(1)])  # which -1 points at
+            grad_weights = grad_R[rows]
+        return grad_input, grad_weights, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -68,6 +112,78 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TH):
         return _copy_rows(grad_TH, ctx.row_map), None
+
+
+def find_rows(experts_TK: Tensor, ranks_TK: Tensor, first_of_expert: Tensor, row_map: RowMap) -> None:
+    """Fill ``row_map.row_of_choice`` as the C++ permute does."""
+    num_experts = first_of_expert.shape[0]
+    if not row_map.dropped:
+        torch.add(first_of_expert[experts_TK], ranks_TK, out=row_map.row_of_choice)
+        return
+    kept = experts_TK < num_experts
+    rows = first_of_expert[experts_TK.clamp(max=num_experts - 1)] + ranks_TK
+    row_map.row_of_choice.copy_(rows.masked_fill_(~kept, -1))
+
+
+def _copy_weights(weights_TK: Tensor, row_map: RowMap) -> Tensor:
+    rows, weights = row_map.row_of_choice.flatten(), weights_TK.detach().flatten()
+    if row_map.dropped:
+        kept = rows >= 0
+        rows, weights = rows[kept], weights[kept]
+    return weights.new_zeros(row_map.num_rows).index_copy_(0, rows, weights)
+
+
+def _rows_for(input_TH: Tensor, row_map: RowMap) -> tuple[Tensor, int]:
+    width = input_TH.shape[1]
+    out = native.empty((row_map.num_rows, width), input_TH)
+    return out.zero_() if row_map.padded else out, width * input_TH.element_size()
+
+
+def _copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
+    if not native.takes(input_TH):
+        return reference_copy_rows(input_TH, row_map)
+    input_TH = input_TH.contiguous()
+    out, row_bytes = _rows_for(input_TH, row_map)
+    rows = row_map.row_of_choice
+    native.call("copy_rows", None, input_TH, rows, out, *rows.shape, row_bytes, native.streams(out, row_bytes))
+    return out
+
+
+def reference_copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
+    """Row ``row_of_choice[t, k]`` of the result is row t of the input; rows that no choice owns are zero."""
+    rows = row_map.row_of_choice.flatten()
+    tokens = torch.arange(input_TH.shape[0], device=rows.device).repeat_interleave(row_map.row_of_choice.shape[1])
+    if row_map.dropped:
+        rows, tokens = rows[rows >= 0], tokens[rows >= 0]
+    if row_map.padded:
+        padded = input_TH.new_zeros(row_map.num_rows, input_TH.shape[1])
+        return padded.index_copy_(0, rows, input_TH.index_select(0, tokens))
+    token_of_row = torch.empty_like(tokens)
+    token_of_row[rows] = tokens
+    return input_TH.index_select(0, token_of_row)
+
+
+def _sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:
+    if not native.takes(rows_RH):
+        return reference_sum_rows(rows_RH, row_map)
+    rows_RH = rows_RH.contiguous()
+    num_tokens, top_k = row_map.row_of_choice.shape
+    out = native.empty((num_tokens, rows_RH.shape[1]), rows_RH)
+    native.call("sum_rows", rows_RH, rows_RH, row_map.row_of_choice, out, num_tokens, top_k, rows_RH.shape[1])
+    return out
+
+
+def reference_sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:
+    """Row t of the result is the sum of the rows that the choices of token t own."""
+    rows = row_map.row_of_choice
+    # embedding_bag sums without writing the gathered rows; it wants one row at least.
+    if rows_RH.shape[0] == 0 or rows.numel() == 0:
+        return rows_RH.new_zeros(rows.shape[0], rows_RH.shape[1])
+    if not row_map.dropped:
+        return F.embedding_bag(rows, rows_RH.contiguous(), mode="sum")
+    kept = rows >= 0
+    kept_of_token = kept.sum(1)
+    return F.embedding_bag(rows[kept], rows_RH.contiguous(), kept_of_token.cumsum(0) - kept_of_token, mode="sum")
 
 
 class _Reorder(torch.autograd.Function):
@@ -86,57 +202,3 @@ class _Reorder(torch.autograd.Function):
 def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """``rows[order]`` for a permutation ``order`` of the rows whose inverse is ``inverse``."""
     return _Reorder.apply(rows, order, inverse)
-
-
-def map_rows(expert_of_slot: Tensor, num_experts: int, may_drop: bool = False) -> tuple[Tensor, Tensor, RowMap]:
-    """Sort the chosen (token, expert) pairs by expert; within an expert by token.
-
-    Args:
-        expert_of_slot: ``[T, K]`` int64, the experts of each token.
-        num_experts: E.
-        may_drop: whether ``num_experts`` in ``expert_of_slot`` marks dropped choices.
-
-    Returns:
-        ``slot_of_row [R]`` (index into the flattened ``[T*K]`` choices), ``counts [E]`` int64 and the row map.
-    """
-    num_tokens, top_k = expert_of_slot.shape
-    flat = expert_of_slot.reshape(-1)
-    counts = torch.bincount(flat, minlength=num_experts + 1)
-    slot_of_row = flat.argsort(stable=True)
-    num_slots = flat.shape[0]
-    row_of_slot = torch.empty_like(slot_of_row)
-    row_of_slot[slot_of_row] = torch.arange(num_slots, device=flat.device)
-    if not may_drop:
-        first = torch.arange(0, num_slots, top_k, device=flat.device)
-        return slot_of_row, counts[:num_experts], RowMap(slot_of_row // top_k, row_of_slot, first)
-    kept = flat < num_experts
-    kept_of_token = kept.view(num_tokens, top_k).sum(1)
-    slot_of_row = slot_of_row[: int(kept_of_token.sum())]
-    first = kept_of_token.cumsum(0) - kept_of_token
-    return slot_of_row, counts[:num_experts], RowMap(slot_of_row // top_k, row_of_slot[kept], first)
-
-
-def pad_rows(weights_R: Tensor, counts_E: Tensor, row_map: RowMap, capacity: int) -> tuple[Tensor, Tensor, RowMap]:
-    """Give each expert exactly ``capacity`` rows; the added ones copy token 0 with weight 0 and belong to no token.
-
-    Weight 0 makes their results and all their gradients zero.
-
-    Args:
-        weights_R: ``[R]``.
-        counts_E: ``[E]``, at most ``capacity`` each.
-        row_map: of the R rows.
-        capacity: rows of each expert.
-
-    Returns:
-        weights ``[E * capacity]``, counts ``[E]`` and the map of the padded rows.
-    """
-    num_experts = counts_E.shape[0]
-    expert_of_row = torch.repeat_interleave(torch.arange(num_experts, device=counts_E.device), counts_E)
-    first_of_expert = counts_E.cumsum(0) - counts_E
-    rank_in_expert = torch.arange(expert_of_row.shape[0], device=counts_E.device) - first_of_expert[expert_of_row]
-    padded_of_row = expert_of_row * capacity + rank_in_expert
-    weights = weights_R.new_zeros(num_experts * capacity).index_copy(0, padded_of_row, weights_R)
-    token_of_row = row_map.token_of_row.new_zeros(num_experts * capacity)
-    token_of_row[padded_of_row] = row_map.token_of_row
-    padded = RowMap(token_of_row, padded_of_row[row_map.rows_by_token], row_map.first_of_token)
-    return weights, torch.full_like(counts_E, capacity), padded

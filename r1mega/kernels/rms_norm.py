@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from r1mega.kernels import native
 from r1mega.kernels.parameter import WeightGradients, gradient_buffer, like_parameter, local
 
 
@@ -28,25 +29,62 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input_TH, weight_H, eps, store):
-        wide = torch.promote_types(input_TH.dtype, torch.float32)
-        x = input_TH.to(wide)
-        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        out, scale = _forward(input_TH, local(weight_H), eps)
         ctx.save_for_backward(input_TH, scale)
         ctx.weight, ctx.store = weight_H, store
-        return (x * scale).to(input_TH.dtype).mul_(local(weight_H))
+        return out
 
     @staticmethod
     def backward(ctx, grad_TH):
         input_TH, scale = ctx.saved_tensors
         parameter, store = ctx.weight, ctx.store
-        weight_H = local(parameter)
-        normed = input_TH.to(scale.dtype) * scale
-        grad = grad_TH.to(scale.dtype)
-        product = grad * normed
-        mean = (product @ weight_H.to(scale.dtype)).div_(product.shape[-1]).unsqueeze(-1)
-        grad_input = (grad * weight_H).addcmul_(normed, mean, value=-1).mul_(scale).to(input_TH.dtype)
-        grad_weight = product.flatten(0, -2).sum(0)  # now, so that work that waits holds one row only
+        grad_input, rows = _backward(grad_TH, input_TH, local(parameter), scale)
+        grad_weight = rows.sum(0)  # now, so that work that waits holds one row only
         if store is None:
-            return grad_input, like_parameter(grad_weight.to(weight_H.dtype), parameter), None, None
+            return grad_input, like_parameter(grad_weight.to(parameter.dtype), parameter), None, None
         store.add(lambda: gradient_buffer(parameter).add_(grad_weight))
         return grad_input, None, None, None
+
+
+def _forward(input_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result and ``1 / sqrt(mean(input**2) + eps)`` of each row, which has a last dimension of 1."""
+    stride = native.row_stride(input_TH)
+    if stride is None or not native.takes(input_TH, weight_H):
+        return _reference_forward(input_TH, weight_H, eps)
+    out = native.empty(input_TH.shape, input_TH)
+    scale = input_TH.new_empty(*input_TH.shape[:-1], 1)
+    arguments = (input_TH, stride, weight_H.contiguous(), eps, out, scale, scale.numel(), input_TH.shape[-1])
+    native.call("rms_norm", input_TH, *arguments)
+    return out, scale
+
+
+def _backward(grad_TH: Tensor, input_TH: Tensor, weight_H: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The input's gradient, and rows ``[..., H]`` whose sum is the weight's."""
+    stride = native.row_stride(input_TH)
+    if stride is None or not native.takes(grad_TH, input_TH, weight_H):
+        return _reference_backward(grad_TH, input_TH, weight_H, scale)
+    assert native.library is not None
+    num_rows, width = scale.numel(), input_TH.shape[-1]
+    grad_input = native.empty(input_TH.shape, input_TH)
+    partial = input_TH.new_empty(-(-num_rows // native.library.ROWS_OF_PARTIAL), width)
+    native.call(
+        "rms_norm_backward", input_TH, grad_TH.contiguous(), input_TH, stride, weight_H.contiguous(), scale,
+        grad_input, partial, num_rows, width,
+    )  # fmt: skip
+    return grad_input, partial
+
+
+def _reference_forward(input_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(input_TH.dtype, torch.float32)
+    x = input_TH.to(wide)
+    scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+    return (x * scale).to(input_TH.dtype).mul_(weight_H), scale
+
+
+def _reference_backward(grad_TH: Tensor, input_TH: Tensor, weight_H: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    normed = input_TH.to(scale.dtype) * scale
+    grad = grad_TH.to(scale.dtype)
+    product = grad * normed
+    mean = (product @ weight_H.to(scale.dtype)).div_(product.shape[-1]).unsqueeze(-1)
+    grad_input = (grad * weight_H).addcmul_(normed, mean, value=-1).mul_(scale).to(input_TH.dtype)
+    return grad_input, product.flatten(0, -2)

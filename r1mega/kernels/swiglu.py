@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1mega.kernels import native
+
 
 def swiglu(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
     """``silu(gate) * up``, all ``[R, F]``."""
@@ -34,12 +36,25 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        if not (native.takes(gate, up) and gate.is_contiguous() and up.is_contiguous()):
+            return F.silu(gate).mul_(up)
+        out = native.empty(gate.shape, gate)
+        width = gate.shape[-1]
+        native.call("swiglu", gate, gate, up, width, None, out, gate.numel() // max(width, 1), width)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        if not (native.takes(gate, up, grad) and gate.is_contiguous() and up.is_contiguous()):
+            return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        grad_gate, grad_up = native.empty(gate.shape, gate), native.empty(up.shape, up)
+        width = gate.shape[-1]
+        native.call(
+            "swiglu_backward", gate, grad.contiguous(), gate, up, width, None, grad_gate, grad_up, None,
+            gate.numel() // max(width, 1), width,
+        )  # fmt: skip
+        return grad_gate, grad_up
 
 
 class _WeightedSwiGLU(torch.autograd.Function):
@@ -47,12 +62,26 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def forward(ctx, gate_up, weight):
         ctx.save_for_backward(gate_up, weight)
         gate, up = gate_up.chunk(2, dim=1)
-        return F.silu(gate).mul_(up).mul_(weight.to(gate.dtype).unsqueeze(1))
+        if not (native.takes(gate_up, weight) and gate_up.is_contiguous()):
+            return F.silu(gate).mul_(up).mul_(weight.to(gate.dtype).unsqueeze(1))
+        num_rows, width = gate.shape
+        out = native.empty((num_rows, width), gate_up)
+        native.call("swiglu", gate_up, gate, up, 2 * width, weight.contiguous(), out, num_rows, width)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         gate_up, weight = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=1)
+        if native.takes(gate_up, weight, grad) and gate_up.is_contiguous():
+            grad_gate_up = native.empty(gate_up.shape, gate_up)
+            grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
+            grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            native.call(
+                "swiglu_backward", gate_up, grad.contiguous(), gate, up, gate_up.shape[1], weight.contiguous(),
+                grad_gate, grad_up, grad_weight, *gate.shape,
+            )  # fmt: skip
+            return grad_gate_up, grad_weight
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
         scale = weight.to(gate.dtype).unsqueeze(1)

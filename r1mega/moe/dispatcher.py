@@ -2,7 +2,7 @@
 
 Each way has three steps, so that an executor can put other work under the communication::
 
-    dispatch    prepare (sort rows by expert)   communicate (exchange)   finish (rows of one expert together)
+    dispatch    prepare (rows by expert)        communicate (exchange)   finish (rows of one expert together)
     combine     prepare (order of arrival)      communicate (exchange)   finish (sum the rows of each token)
 
 Shapes: T local tokens, H hidden, E experts, K experts a token, S routed rows sent, R routed rows received.
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1mega.collectives import all_gather
-from r1mega.kernels.permute import RowMap, combine, map_rows, pad_rows, permute, reorder
+from r1mega.kernels.permute import RowMap, combine, permute, reorder
 from r1mega.moe.collectives import Route, ToExperts, ToTokens
 from r1mega.moe.router import Routing
 from r1mega.pipeline.exchange import exchange_at_once
@@ -82,11 +82,13 @@ class AllToAllDispatcher:
             may_drop: whether some choices are dropped.
             padded_capacity: pad the rows of each expert to this many.
         """
-        slot_of_row, counts, row_map = map_rows(routing.experts_TK, self.num_experts, may_drop)
-        weights = routing.weights_TK.flatten().index_select(0, slot_of_row)
+        counts = routing.counts_E
+        rows, weights, row_map = permute(
+            hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, counts, may_drop, padded_capacity
+        )
         if padded_capacity is not None:
-            weights, counts, row_map = pad_rows(weights, counts, row_map, padded_capacity)
-        return Dispatch(permute(hidden_TH, row_map), weights, row_map, counts)
+            counts = torch.full_like(counts, padded_capacity)
+        return Dispatch(rows, weights, row_map, counts)
 
     def dispatch_communicate(self, d: Dispatch) -> Dispatch:
         """Exchange counts, then rows and weights. The counts are read on the host here."""

@@ -18,6 +18,7 @@ from r1mega.collectives import all_gather
 from r1mega.config import MoEConfig
 from r1mega.kernels.linear import linear
 from r1mega.kernels.parameter import WeightGradients
+from r1mega.kernels.route import RouteOptions, rank_choices, route
 from r1mega.parallel_state import ParallelState
 from r1mega.tensor_parallel.layers import INITIAL_STD
 
@@ -29,25 +30,16 @@ class Routing:
     Args:
         experts_TK: ``[T, K]`` int64; E marks a choice dropped for capacity.
         weights_TK: ``[T, K]`` float32 or wider; carries the router's gradient.
+        ranks_TK: ``[T, K]`` int64, how many earlier choices of these tokens went to the same expert.
+        counts_E: ``[E]`` int64, choices of each expert.
         losses: scalar losses by name, already weighted and divided by global counts.
     """
 
     experts_TK: Tensor
     weights_TK: Tensor
+    ranks_TK: Tensor
+    counts_E: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
-
-
-def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, config: MoEConfig) -> Tensor:
-    """The K experts of each token: the best biased scores inside the best groups. ``[T, K]`` int64."""
-    choice = scores_TE.detach()
-    if bias_E is not None:
-        choice = choice + bias_E
-    if config.num_groups > 1:
-        grouped = choice.unflatten(1, (config.num_groups, -1))
-        best_groups = grouped.topk(2, dim=-1).values.sum(-1).topk(config.top_k_groups, dim=-1).indices
-        left_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter_(1, best_groups, False)
-        choice = grouped.masked_fill(left_out.unsqueeze(-1), -math.inf).flatten(1)
-    return choice.topk(config.top_k, dim=-1).indices
 
 
 def balance_loss(probabilities_TE: Tensor, counts_BE: Tensor, sequence_T: Tensor, length: int, top_k: int) -> Tensor:
@@ -102,6 +94,14 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.options = RouteOptions(
+            config.top_k,
+            config.score_function,
+            config.num_groups,
+            config.top_k_groups,
+            config.normalize_top_k,
+            config.routed_scaling_factor,
+        )
         self.weight_gradients: WeightGradients | None = None
         self.group: ProcessGroup = state.group("tp")
         self.weight = nn.Parameter(
@@ -128,24 +128,29 @@ class Router(nn.Module):
             logits = linear(hidden_TH, self.weight, self.weight_gradients)
         else:
             logits = linear(hidden_TH.to(wide), self.weight.to(wide))
-        scores = logits.sigmoid() if config.score_function == "sigmoid" else logits.softmax(dim=-1)
+        chosen = route(logits, self.e_score_correction_bias, self.options)
+        routing = Routing(chosen.experts_TK, chosen.weights_TK, chosen.ranks_TK, chosen.counts_E)
         first = self.group.rank() * hidden_TH.shape[0]
         position = torch.arange(first, first + hidden_TH.shape[0], device=hidden_TH.device)
         if config.force_balance:
-            slots = position.unsqueeze(1) * config.top_k + torch.arange(config.top_k, device=position.device)
-            experts = slots % config.num_experts
-        else:
-            experts = choose_experts(scores, self.e_score_correction_bias, config)
-        weights = scores.gather(1, experts)
-        if config.normalize_top_k:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        routing = Routing(experts, weights * config.routed_scaling_factor)
+            self._balance(routing, chosen.scores_TE, position)
         if torch.is_grad_enabled():
-            self.tokens_per_expert += torch.bincount(experts.flatten(), minlength=config.num_experts)
-            self._add_losses(routing, logits, scores, position // length, length, num_sequences)
+            self.tokens_per_expert += routing.counts_E
+            self._add_losses(routing, logits, chosen.scores_TE, position // length, length, num_sequences)
         if config.capacity_factor is not None:
             self._drop(routing, length)
         return routing
+
+    def _balance(self, routing: Routing, scores: Tensor, position: Tensor) -> None:
+        """Put other experts, all in turn, into ``routing``, with the weights that their scores give."""
+        config = self.config
+        slots = position.unsqueeze(1) * config.top_k + torch.arange(config.top_k, device=position.device)
+        routing.experts_TK = slots % config.num_experts
+        weights = scores.gather(1, routing.experts_TK)
+        if config.normalize_top_k:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        routing.weights_TK = weights * config.routed_scaling_factor
+        routing.ranks_TK, routing.counts_E = rank_choices(routing.experts_TK, config.num_experts)
 
     def _add_losses(
         self, routing: Routing, logits: Tensor, scores: Tensor, sequence_T: Tensor, length: int, num_sequences: int
@@ -177,6 +182,7 @@ class Router(nn.Module):
         capacity = expert_capacity(config, length)
         experts = drop_over_capacity(experts, weights, length, config.num_experts, capacity)
         routing.experts_TK = experts.chunk(self.group.size())[self.group.rank()]
+        routing.ranks_TK, routing.counts_E = rank_choices(routing.experts_TK, config.num_experts)
 
 
 def expert_capacity(config: MoEConfig, length: int) -> int:

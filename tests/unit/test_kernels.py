@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from r1mega.kernels import native
 from r1mega.kernels.attention import causal_attention
 from r1mega.kernels.linear import grouped_linear, linear, linears
-from r1mega.kernels.permute import combine, map_rows, pad_rows, permute
 from r1mega.kernels.rms_norm import rms_norm
 from r1mega.kernels.swiglu import swiglu, weighted_swiglu
 from r1mega.pipeline.weight_gradient import WeightGradientStore
@@ -69,7 +69,7 @@ def test_a_store_gets_the_weight_gradient_that_autograd_would_get(deferred):
         torch.testing.assert_close(tensor.grad, 2 * gradient)
 
 
-def test_swiglu_equals_its_formula_and_passes_gradcheck():
+def test_swiglu_equals_its_formula_and_passes_gradcheck(implementation):
     gate, up, weight = random(4, 3), random(4, 3, seed=1), random(4)
     torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
     both = torch.cat([gate, up], dim=1).detach().requires_grad_()
@@ -79,7 +79,7 @@ def test_swiglu_equals_its_formula_and_passes_gradcheck():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_rms_norm_equals_torch(dtype, tolerance):
+def test_rms_norm_equals_torch(dtype, tolerance, implementation):
     x, w = (t.detach().to(dtype).requires_grad_() for t in (random(7, 6), random(6)))
     expected_x, expected_w = (t.detach().clone().requires_grad_() for t in (x, w))
     expected = F.rms_norm(expected_x.float() if dtype == torch.bfloat16 else expected_x, (6,), None, 1e-6)
@@ -94,8 +94,58 @@ def test_rms_norm_equals_torch(dtype, tolerance):
         torch.testing.assert_close(value, reference, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-def test_rms_norm_passes_gradcheck():
+def test_rms_norm_passes_gradcheck(implementation):
     assert gradcheck(lambda x, w: rms_norm(x, w, 1e-6), (random(3, 4, 5), random(5)))
+
+
+def both_implementations(operation, tensors, monkeypatch):
+    """Result and gradients with the C++ kernels and without, as pairs."""
+    results = []
+    for library in (native.library, None):
+        monkeypatch.setattr(native, "library", library)
+        inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = operation(*inputs)
+        upstream = random(*out.shape, seed=9).detach().to(out.dtype)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    return zip(*results, strict=True)
+
+
+SHAPES = [(0, 8), (1, 1), (3, 7), (129, 64), (1000, 33)]
+TOLERANCES = [(torch.float64, 1e-13), (torch.float32, 2e-5)]
+
+
+@pytest.mark.needs_extension
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cpp_swiglu_equals_the_reference(shape, dtype, tolerance, level, monkeypatch):
+    # wide enough that the exponential saturates
+    gate, up, weight = (random(*s, seed=i).to(dtype) for i, s in enumerate((shape, shape, shape[:1])))
+    gate = gate * torch.logspace(-1, 3, shape[1], dtype=dtype)
+    both = torch.cat([gate, up], dim=1)
+    pairs = list(both_implementations(swiglu, (gate, up), monkeypatch))
+    monkeypatch.undo()
+    for actual, expected in [*pairs, *both_implementations(weighted_swiglu, (both, weight), monkeypatch)]:
+        assert actual.isfinite().all()
+        size = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * size)
+
+
+@pytest.mark.needs_extension
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cpp_rms_norm_equals_the_reference_also_on_a_part_of_each_row(shape, dtype, tolerance, level, monkeypatch):
+    x, weight = random(shape[0], 2 * shape[1]).to(dtype), random(shape[1]).to(dtype)
+    operation = lambda x, weight: rms_norm(x[:, : shape[1]], weight, 1e-6)  # noqa: E731
+    for actual, expected in both_implementations(operation, (x, weight), monkeypatch):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.needs_extension
+def test_types_and_devices_without_cpp_kernels_use_the_reference():
+    x = torch.ones(4, 6)
+    assert native.takes(x, None) and native.takes(x.double(), torch.nn.Parameter(x.double()))
+    assert not native.takes(x.bfloat16()) and not native.takes(x, x.double()) and not native.takes(x.to("meta"))
+    assert rms_norm(x.t(), torch.ones(4), 1e-6).shape == (6, 4)
 
 
 @pytest.mark.parametrize("v_dim, kv_heads", [(4, 4), (8, 2), (6, 4)])
@@ -109,49 +159,3 @@ def test_attention_is_a_causal_softmax(v_dim, kv_heads):
     gradients, references = (torch.autograd.grad(out.sum(), (q, k, v)) for out in (actual, expected))
     for gradient, reference in zip(gradients, references, strict=True):
         torch.testing.assert_close(gradient, reference)
-
-
-def choices(num_tokens: int, top_k: int, num_experts: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(num_tokens)
-    return torch.rand(num_tokens, num_experts, generator=generator).topk(top_k).indices
-
-
-@pytest.mark.parametrize("num_tokens", [0, 1, 9])
-def test_rows_are_sorted_by_expert_and_within_an_expert_by_token(num_tokens):
-    experts = choices(num_tokens, 3, 5)
-    slot_of_row, counts, row_map = map_rows(experts, 5)
-    pairs = sorted((int(e), t) for t, row in enumerate(experts) for e in row)
-    assert list(zip(experts.flatten()[slot_of_row].tolist(), row_map.token_of_row.tolist(), strict=True)) == pairs
-    assert counts.tolist() == [sum(e == i for e, _ in pairs) for i in range(5)]
-
-
-def test_permute_then_combine_multiplies_by_the_number_of_experts_and_passes_gradcheck():
-    _, _, row_map = map_rows(choices(9, 3, 5), 5)
-    x, rows = random(9, 4), random(27, 4)
-    torch.testing.assert_close(combine(permute(x, row_map), row_map), 3 * x)
-    assert gradcheck(lambda x: permute(x, row_map), (x,))
-    assert gradcheck(lambda rows: combine(rows, row_map), (rows,))
-
-
-def test_dropped_choices_get_no_row_and_a_token_without_rows_gets_zeros():
-    experts = choices(6, 2, 4)
-    experts[2] = 4
-    experts[5, 1] = 4
-    slot_of_row, counts, row_map = map_rows(experts, 4, may_drop=True)
-    assert slot_of_row.shape[0] == int(counts.sum()) == 9
-    x = random(6, 3)
-    expected = x * torch.tensor([2, 2, 0, 2, 2, 1], dtype=torch.float64)[:, None]
-    torch.testing.assert_close(combine(permute(x, row_map), row_map), expected)
-    assert gradcheck(lambda x: permute(x, row_map), (x,))
-
-
-def test_padding_rows_belong_to_no_token_and_have_weight_zero():
-    experts = choices(6, 2, 4)
-    slot_of_row, counts, row_map = map_rows(experts, 4)
-    weights = random(6, 2).flatten()[slot_of_row]
-    padded_weights, padded_counts, padded_map = pad_rows(weights, counts, row_map, 7)
-    assert padded_counts.tolist() == [7] * 4
-    assert int((padded_weights != 0).sum()) == 12
-    x = random(6, 3)
-    weighted = combine(permute(x, padded_map) * padded_weights[:, None], padded_map)
-    torch.testing.assert_close(weighted, combine(permute(x, row_map) * weights[:, None], row_map))

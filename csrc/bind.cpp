@@ -1,0 +1,203 @@
+// r1mega._C: the kernels as Python functions of integers, tensor.data_ptr() among them. Nothing here knows torch, so
+// the extension compiles in seconds and serves every version of it; the checks of shapes and types are in Python.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "buffers.h"
+#include "kernels.h"
+
+namespace r1mega {
+namespace {
+
+constexpr int kInterface = 2;                  // r1mega/kernels/native.py wants the same; raise both together
+constexpr int64_t kElementsOfThread = 1 << 16;  // less work is not worth a thread
+
+const Kernels* best_kernels() {
+#if defined(R1MEGA_X86)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq"))
+    return &kernels_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kernels_avx2;
+#endif
+  return &kernels_baseline;
+}
+
+const Kernels* kernels = best_kernels();
+
+void set_level(const std::string& level) {
+  std::vector<const Kernels*> known = {&kernels_baseline};
+#if defined(R1MEGA_X86)
+  known.insert(known.end(), {&kernels_avx2, &kernels_avx512});
+#endif
+  for (const Kernels* candidate : known) {
+    // The levels grow: one that is compiled in and not above the machine's best runs here.
+    if (level == candidate->level) {
+      kernels = candidate;
+      return;
+    }
+    if (candidate == best_kernels()) break;
+  }
+  throw std::invalid_argument("this machine cannot run " + level);
+}
+
+// work(begin, end) on equal parts of 0 to count, each on a thread of its own.
+template <class Work>
+void share(int64_t count, int64_t elements_each, int threads, const Work& work) {
+  const int64_t useful = count * elements_each / kElementsOfThread;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, useful, count}));
+  std::vector<std::thread> others;
+  for (int64_t part = 1; part < parts; ++part)
+    others.emplace_back(work, count * part / parts, count * (part + 1) / parts);
+  work(0, count / parts);
+  for (std::thread& other : others) other.join();
+}
+
+template <class T>
+const TypedKernels<T>& typed();
+template <>
+const TypedKernels<float>& typed() { return kernels->f32; }
+template <>
+const TypedKernels<double>& typed() { return kernels->f64; }
+
+using Pointer = uintptr_t;
+
+template <class T>
+T* at(Pointer pointer) { return reinterpret_cast<T*>(pointer); }
+
+// The rank of a choice is the number of choices of its expert before it. `num_experts` marks a dropped choice.
+void rank_choices(Pointer experts, Pointer ranks, Pointer counts, int64_t num_choices, int64_t num_experts) {
+  std::vector<int64_t> seen(num_experts + 1, 0);
+  for (int64_t i = 0; i < num_choices; ++i) at<int64_t>(ranks)[i] = seen[at<int64_t>(experts)[i]]++;
+  std::copy(seen.begin(), seen.end() - 1, at<int64_t>(counts));
+}
+
+template <class T>
+void route(Pointer scores, Pointer bias, Pointer experts, Pointer weights, Pointer ranks, Pointer counts,
+           int64_t num_tokens, int num_experts, int top_k, int num_groups, int top_k_groups, bool normalize,
+           double factor, int threads) {
+  const RouteOptions options{num_experts, top_k, num_groups, top_k_groups, normalize, false, factor};
+  share(num_tokens, num_experts, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().choose(at<T>(scores), at<T>(bias), at<int64_t>(experts), at<T>(weights), options, begin, end);
+  });
+  rank_choices(experts, ranks, counts, num_tokens * top_k, num_experts);
+}
+
+template <class T>
+void route_backward(Pointer grad_weights, Pointer grad_scores, Pointer scores, Pointer experts, Pointer grad_logits,
+                    int64_t num_tokens, int num_experts, int top_k, bool normalize, bool softmax, double factor,
+                    int threads) {
+  const RouteOptions options{num_experts, top_k, 1, 1, normalize, softmax, factor};
+  share(num_tokens, num_experts, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().route_backward(at<T>(grad_weights), at<T>(grad_scores), at<T>(scores), at<int64_t>(experts),
+                              at<T>(grad_logits), options, begin, end);
+  });
+}
+
+// Copies rows into expert order: choice i of expert e goes to row first_of_expert[e] + rank[i]; the map is written too.
+void permute(Pointer input, Pointer experts, Pointer ranks, Pointer first_of_expert, Pointer row_of_choice,
+             Pointer out, int64_t num_tokens, int64_t num_experts, int top_k, int64_t row_bytes, bool streaming,
+             int threads) {
+  share(num_tokens, top_k * row_bytes / 4, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * top_k; i < end * top_k; ++i) {
+      const int64_t expert = at<int64_t>(experts)[i];
+      at<int64_t>(row_of_choice)[i] =
+          expert == num_experts ? -1 : at<int64_t>(first_of_expert)[expert] + at<int64_t>(ranks)[i];
+    }
+    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, row_bytes, streaming, begin,
+                       end);
+  });
+}
+
+void copy_rows(Pointer input, Pointer row_of_choice, Pointer out, int64_t num_tokens, int top_k, int64_t row_bytes,
+               bool streaming, int threads) {
+  share(num_tokens, top_k * row_bytes / 4, threads, [&](int64_t begin, int64_t end) {
+    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, row_bytes, streaming, begin,
+                       end);
+  });
+}
+
+template <class T>
+void sum_rows(Pointer rows, Pointer row_of_choice, Pointer out, int64_t num_tokens, int top_k, int64_t width,
+              int threads) {
+  share(num_tokens, top_k * width, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().sum_rows(at<T>(rows), at<int64_t>(row_of_choice), at<T>(out), top_k, width, begin, end);
+  });
+}
+
+template <class T>
+void swiglu(Pointer gate, Pointer up, int64_t stride, Pointer weight, Pointer out, int64_t num_rows, int64_t width,
+            int threads) {
+  share(num_rows, 4 * width, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().swiglu(at<T>(gate), at<T>(up), stride, at<T>(weight), at<T>(out), width, begin, end);
+  });
+}
+
+template <class T>
+void swiglu_backward(Pointer grad, Pointer gate, Pointer up, int64_t stride, Pointer weight, Pointer grad_gate,
+                     Pointer grad_up, Pointer grad_weight, int64_t num_rows, int64_t width, int threads) {
+  share(num_rows, 4 * width, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().swiglu_backward(at<T>(grad), at<T>(gate), at<T>(up), stride, at<T>(weight), at<T>(grad_gate),
+                               at<T>(grad_up), at<T>(grad_weight), width, begin, end);
+  });
+}
+
+template <class T>
+void rms_norm(Pointer input, int64_t stride, Pointer weight, double eps, Pointer out, Pointer scale, int64_t num_rows,
+              int64_t width, int threads) {
+  share(num_rows, width, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().rms_norm(at<T>(input), stride, at<T>(weight), eps, at<T>(out), at<T>(scale), width, begin, end);
+  });
+}
+
+template <class T>
+void rms_norm_backward(Pointer grad, Pointer input, int64_t stride, Pointer weight, Pointer scale, Pointer grad_input,
+                       Pointer partial, int64_t num_rows, int64_t width, int threads) {
+  const int64_t blocks = (num_rows + kRowsOfPartial - 1) / kRowsOfPartial;
+  share(blocks, kRowsOfPartial * width, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().rms_norm_backward(at<T>(grad), at<T>(input), stride, at<T>(weight), at<T>(scale), at<T>(grad_input),
+                                 at<T>(partial), num_rows, width, begin, end);
+  });
+}
+
+template <class T>
+void define_typed(pybind11::module_& m, const std::string& suffix) {
+  const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
+  m.def(("route_" + suffix).c_str(), &route<T>, without_gil);
+  m.def(("route_backward_" + suffix).c_str(), &route_backward<T>, without_gil);
+  m.def(("sum_rows_" + suffix).c_str(), &sum_rows<T>, without_gil);
+  m.def(("swiglu_" + suffix).c_str(), &swiglu<T>, without_gil);
+  m.def(("swiglu_backward_" + suffix).c_str(), &swiglu_backward<T>, without_gil);
+  m.def(("rms_norm_" + suffix).c_str(), &rms_norm<T>, without_gil);
+  m.def(("rms_norm_backward_" + suffix).c_str(), &rms_norm_backward<T>, without_gil);
+}
+
+}  // namespace
+}  // namespace r1mega
+
+PYBIND11_MODULE(_C, m) {
+  using namespace r1mega;
+  const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
+  m.attr("INTERFACE") = kInterface;
+  m.attr("MAX_EXPERTS") = kMaxExperts;
+  m.attr("ROWS_OF_PARTIAL") = kRowsOfPartial;
+  m.def("level", [] { return kernels->level; });
+  m.def("set_level", &set_level);
+  pybind11::class_<Buffer>(m, "Buffer", pybind11::buffer_protocol())
+      .def(pybind11::init<size_t>())
+      .def_buffer([](Buffer& buffer) {
+        return pybind11::buffer_info(buffer.data(), 1, pybind11::format_descriptor<uint8_t>::format(),
+                                     pybind11::ssize_t(buffer.bytes()));
+      });
+  m.def("waiting_bytes", &waiting_bytes);
+  m.def("release_waiting", &release_waiting);
+  m.def("rank_choices", &rank_choices, without_gil);
+  m.def("permute", &permute, without_gil);
+  m.def("copy_rows", &copy_rows, without_gil);
+  define_typed<float>(m, "float32");
+  define_typed<double>(m, "float64");
+}

@@ -1,0 +1,57 @@
+// The kernels of one instruction set. kernels.cpp is compiled once for each; bind.cpp picks the best at run time.
+//
+// Every function works on the rows `begin` to `end` of its operation, so that threads can share them, and gives the
+// same bits however they are shared. Pointers are to first elements; matrices are dense and row-major unless a stride
+// (in elements) says otherwise. Shapes: T tokens, K choices a token, E experts, H hidden, F expert width, R rows.
+#pragma once
+#include <cstdint>
+
+namespace r1mega {
+
+constexpr int kMaxExperts = 4096;
+constexpr int kRowsOfPartial = 128;  // rows that one partial sum of a weight gradient covers
+
+struct RouteOptions {
+  int num_experts, top_k, num_groups, top_k_groups;
+  bool normalize, softmax;
+  double factor;
+};
+
+template <class T>
+struct TypedKernels {
+  // scores [T, E], bias [E] or null -> experts [T, K], best first, and their weights [T, K].
+  void (*choose)(const T* scores, const T* bias, int64_t* experts, T* weights, const RouteOptions& options,
+                 int64_t begin, int64_t end);
+  // Gradients of weights [T, K] and of scores [T, E], either may be null -> gradient of the logits [T, E].
+  void (*route_backward)(const T* grad_weights, const T* grad_scores, const T* scores, const int64_t* experts,
+                         T* grad_logits, const RouteOptions& options, int64_t begin, int64_t end);
+  // out[t] = sum over k of rows[row_of_choice[t][k]], in the order of k; a negative row is left out.
+  void (*sum_rows)(const T* rows, const int64_t* row_of_choice, T* out, int top_k, int64_t width, int64_t begin,
+                   int64_t end);
+  // out = silu(gate) * up * weight[row]; weight may be null. Rows of gate and up are `stride` apart.
+  void (*swiglu)(const T* gate, const T* up, int64_t stride, const T* weight, T* out, int64_t width, int64_t begin,
+                 int64_t end);
+  // grad_gate and grad_up have gate's stride; weight and grad_weight may be null, both or none.
+  void (*swiglu_backward)(const T* grad, const T* gate, const T* up, int64_t stride, const T* weight, T* grad_gate,
+                          T* grad_up, T* grad_weight, int64_t width, int64_t begin, int64_t end);
+  // out = input * scale * weight; scale [R] = 1 / sqrt(mean(input^2) + eps). Rows of input are `stride` apart.
+  void (*rms_norm)(const T* input, int64_t stride, const T* weight, double eps, T* out, T* scale, int64_t width,
+                   int64_t begin, int64_t end);
+  // `begin` and `end` count blocks of kRowsOfPartial rows; block b adds up its part of the weight's gradient in
+  // partial[b].
+  void (*rms_norm_backward)(const T* grad, const T* input, int64_t stride, const T* weight, const T* scale,
+                            T* grad_input, T* partial, int64_t num_rows, int64_t width, int64_t begin, int64_t end);
+};
+
+struct Kernels {
+  const char* level;
+  // Copies row t of the input to its `top_k` rows of the output; a negative row is left out.
+  void (*copy_rows)(const char* input, const int64_t* row_of_choice, char* out, int top_k, int64_t row_bytes,
+                    bool streaming, int64_t begin, int64_t end);
+  TypedKernels<float> f32;
+  TypedKernels<double> f64;
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+
+}  // namespace r1mega

@@ -1,0 +1,178 @@
+"""From router logits to everything that dispatch needs: experts, weights, ranks and counts, without a sort or a mask.
+
+Scores, group-limited choice and weights follow DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Shapes: T tokens,
+E experts, K choices a token, G groups of experts.
+
+* An expert's value is its score plus its bias. Where groups are limited, a group's value is the sum of its two best
+  experts' values; experts of groups that are not kept have the value -infinity.
+* The K experts with the greatest values are chosen, best first. Of equal values the lower index wins, among groups as
+  among experts. NaN is greater than all numbers, as for ``torch.topk``: a token with NaN in its scores gets valid
+  experts and a weight that is NaN, so that a broken model is seen.
+* The rank of a choice is the number of earlier choices of the same expert, counted token by token: with it, the place
+  of each row is known before any row is moved, and it is the same in every run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from r1mega.kernels import native
+
+
+@dataclass
+class RouteOptions:
+    """How experts are chosen and weighted.
+
+    Args:
+        top_k: K.
+        score_function: ``sigmoid`` or ``softmax``.
+        num_groups: G; divides E.
+        top_k_groups: groups that a token's experts may come from.
+        normalize: divide the weights by their sum (plus 1e-20).
+        factor: factor of the weights.
+    """
+
+    top_k: int
+    score_function: str = "sigmoid"
+    num_groups: int = 1
+    top_k_groups: int = 1
+    normalize: bool = True
+    factor: float = 1.0
+
+
+@dataclass
+class Choices:
+    """What :func:`route` decides.
+
+    Args:
+        experts_TK: ``[T, K]`` int64, best first.
+        weights_TK: ``[T, K]`` in the type of the logits, differentiable.
+        ranks_TK: ``[T, K]`` int64, how many earlier choices went to the same expert.
+        counts_E: ``[E]`` int64, choices of each expert.
+        scores_TE: ``[T, E]``, differentiable.
+    """
+
+    experts_TK: Tensor
+    weights_TK: Tensor
+    ranks_TK: Tensor
+    counts_E: Tensor
+    scores_TE: Tensor
+
+
+def route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions) -> Choices:
+    """Choose K experts for each token; see the head of this file.
+
+    Args:
+        logits_TE: ``[T, E]`` float32 or wider.
+        bias_E: ``[E]``, added for the choice but not to the weights; no gradient.
+        options: how.
+    """
+    if bias_E is not None:
+        bias_E = bias_E.to(logits_TE.dtype)
+    if native.takes(logits_TE, bias_E) and _fits(options, logits_TE.shape[1]):
+        return Choices(*_Route.apply(logits_TE, bias_E, options))
+    return reference_route(logits_TE, bias_E, options)
+
+
+def reference_route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions) -> Choices:
+    """:func:`route` in PyTorch's operations."""
+    scores = _scores(logits_TE, options)
+    experts = choose_experts(scores, bias_E, options)
+    weights = scores.gather(1, experts)
+    if options.normalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    ranks, counts = reference_rank_choices(experts, logits_TE.shape[1])
+    return Choices(experts, weights * options.factor, ranks, counts, scores)
+
+
+def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, options: RouteOptions) -> Tensor:
+    """The K experts of each token: the best biased scores inside the best groups. ``[T, K]`` int64."""
+    values = scores_TE.detach()
+    if bias_E is not None:
+        values = values + bias_E
+    if options.num_groups > 1:
+        grouped = values.unflatten(1, (options.num_groups, -1))
+        of_group = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        best_groups = _best_first(of_group)[:, : options.top_k_groups]
+        left_out = torch.ones_like(of_group, dtype=torch.bool).scatter_(1, best_groups, False)
+        values = grouped.masked_fill(left_out.unsqueeze(-1), -math.inf).flatten(1)
+    return _best_first(values)[:, : options.top_k]
+
+
+def rank_choices(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Ranks ``[T, K]`` and counts ``[E]`` (int64) of choices that something else made; E marks one that was dropped."""
+    if native.library is None or experts_TK.device.type != "cpu":
+        return reference_rank_choices(experts_TK, num_experts)
+    experts_TK = experts_TK.contiguous()
+    ranks, counts = torch.empty_like(experts_TK), experts_TK.new_empty(num_experts)
+    pointers = (tensor.data_ptr() for tensor in (experts_TK, ranks, counts))
+    native.library.rank_choices(*pointers, experts_TK.numel(), num_experts)
+    return ranks, counts
+
+
+def reference_rank_choices(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """:func:`rank_choices` in PyTorch's operations, by a stable sort."""
+    flat = experts_TK.flatten()
+    counts = torch.bincount(flat, minlength=num_experts + 1)
+    order = flat.argsort(stable=True)
+    first_of_expert = counts.cumsum(0) - counts
+    ranks = torch.empty_like(flat)
+    ranks[order] = torch.arange(flat.shape[0], device=flat.device) - first_of_expert[flat[order]]
+    return ranks.view_as(experts_TK), counts[:num_experts]
+
+
+def _best_first(values: Tensor) -> Tensor:
+    return values.sort(dim=-1, descending=True, stable=True).indices
+
+
+def _scores(logits_TE: Tensor, options: RouteOptions) -> Tensor:
+    return logits_TE.sigmoid() if options.score_function == "sigmoid" else logits_TE.softmax(dim=-1)
+
+
+def _fits(options: RouteOptions, num_experts: int) -> bool:
+    """Whether the kernel's loops stay inside its arrays."""
+    assert native.library is not None
+    whole_groups = num_experts % options.num_groups == 0 and options.top_k_groups <= options.num_groups
+    return 0 < options.top_k <= num_experts <= native.library.MAX_EXPERTS and whole_groups
+
+
+class _Route(torch.autograd.Function):
+    # The scores are PyTorch's own here, too: with another exponential, nearly equal scores would be chosen otherwise.
+    @staticmethod
+    def forward(ctx, logits, bias, options):
+        scores = _scores(logits, options).contiguous()
+        num_tokens, num_experts = scores.shape
+        weights = scores.new_empty(num_tokens, options.top_k)
+        experts = torch.empty(weights.shape, dtype=torch.int64)
+        ranks, counts = torch.empty_like(experts), experts.new_empty(num_experts)
+        if bias is not None:
+            bias = bias.contiguous()
+        native.call(
+            "route", scores, scores, bias, experts, weights, ranks, counts, num_tokens, num_experts, options.top_k,
+            options.num_groups, options.top_k_groups, options.normalize, options.factor,
+        )  # fmt: skip
+        ctx.save_for_backward(scores, experts)
+        ctx.options = options
+        ctx.mark_non_differentiable(experts, ranks, counts)
+        ctx.set_materialize_grads(False)
+        return experts, weights, ranks, counts, scores
+
+    @staticmethod
+    def backward(ctx, _experts, grad_weights, _ranks, _counts, grad_scores):
+        scores, experts = ctx.saved_tensors
+        options = ctx.options
+        if grad_weights is None and grad_scores is None:
+            return None, None, None
+        grad_weights, grad_scores = (
+            None if grad is None else grad.contiguous() for grad in (grad_weights, grad_scores)
+        )
+        grad_logits = torch.empty_like(scores)
+        native.call(
+            "route_backward", scores, grad_weights, grad_scores, scores, experts, grad_logits, *scores.shape,
+            options.top_k, options.normalize, options.score_function == "softmax", options.factor,
+        )  # fmt: skip
+        return grad_logits, None, None

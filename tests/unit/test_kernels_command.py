@@ -1,0 +1,88 @@
+"""``r1mega kernels``, and the package where the extension is missing, old or switched off."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from r1mega import cli
+from r1mega.config import Config
+from r1mega.kernels import native
+from r1mega.kernels.overview import OPERATIONS
+from r1mega.train import pretrain
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["kernels", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_every_operation_is_listed_and_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys)
+    for operation in OPERATIONS:
+        assert f"\n{operation.name} " in text
+        assert callable(getattr(importlib.import_module(f"r1mega.kernels.{operation.module}"), operation.name))
+    assert native.reason in text
+
+
+def test_without_the_extension_every_operation_runs_pytorch_and_the_reason_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "library", None)
+    monkeypatch.setattr(native, "reason", "it rains")
+    table = json.loads(printed(capsys, "--json"))
+    assert table["cpp"] == {"available": False, "reason": "it rains"}
+    assert {operation["running"] for operation in table["operations"]} == {"PyTorch"}
+
+
+@pytest.mark.needs_extension
+def test_with_the_extension_every_operation_that_has_cpp_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for operation in json.loads(printed(capsys, "--json"))["operations"]:
+        assert operation["running"] == operation["implementations"][0]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_run_says_once_that_the_extension_is_missing_and_nothing_otherwise(
+    monkeypatch: pytest.MonkeyPatch, missing: bool
+) -> None:
+    monkeypatch.setattr(native, "library", None if missing else object())
+    monkeypatch.setattr(native, "reason", "it rains")
+    state = SimpleNamespace(size=lambda name: 1, layout=SimpleNamespace(world_size=1), device=torch.device("cpu"))
+    trainer = SimpleNamespace(config=Config(), state=state, progress=SimpleNamespace(step=0))
+    messages: list[str] = []
+    pretrain._announce(trainer, SimpleNamespace(message=messages.append))
+    assert [message for message in messages if "it rains" in message] == messages[1:]
+    assert len(messages) == 1 + missing
+
+
+def test_an_extension_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("R1MEGA_NATIVE", raising=False)
+    monkeypatch.setitem(sys.modules, "r1mega._C", SimpleNamespace(INTERFACE=-1))
+    library, reason = native._load()
+    assert library is None and "builds it again" in reason
+
+
+def test_a_missing_extension_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.delenv("R1MEGA_NATIVE", raising=False)
+    monkeypatch.setattr(importlib, "import_module", missing)
+    library, reason = native._load()
+    assert library is None and "compiler" in reason and "make setup" in reason
+
+
+def test_the_environment_switches_the_extension_off() -> None:
+    code = "from r1mega.kernels import native; assert native.library is None; print(native.reason)"
+    environment = os.environ | {"R1MEGA_NATIVE": "0"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "R1MEGA_NATIVE=0 is set\n" and run.stderr == ""

@@ -169,7 +169,7 @@ def _run_job(
         connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
     if dist.is_initialized():
         dist.destroy_process_group()
-    # What refers to a group (meshes in a model, in cycles with it) keeps its threads, and gloo's wake up a hundred times
-    # a second: after some hundred jobs the machine does nothing else. What is imported need not be looked at each time.
+    # What refers to a group (meshes in a model, in cycles with it) keeps its threads, and gloo's wake up a hundred
+    # times a second: after some hundred jobs the machine does little else. Imports need not be looked at each time.
     gc.collect()
     gc.freeze()

@@ -170,6 +170,5 @@ def _run_job(
     if dist.is_initialized():
         dist.destroy_process_group()
     # What refers to a group (meshes in a model, in cycles with it) keeps its threads, and gloo's wake up a hundred
-    # times a second: after some hundred jobs the machine does little else. Imports need not be looked at each time.
+    # times a second: after some hundred jobs the machine does little else.
     gc.collect()
-    gc.freeze()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor.debug
 
 HOST = "127.0.0.1"
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -169,6 +170,15 @@ def _run_job(
         connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
     if dist.is_initialized():
         dist.destroy_process_group()
-    # What refers to a group (meshes in a model, in cycles with it) keeps its threads, and gloo's wake up a hundred
-    # times a second: after some hundred jobs the machine does little else.
+    _forget_groups()
+
+
+def _forget_groups() -> None:
+    """Drop what still refers to the groups of a finished job: cycles, and DTensor's caches with their meshes.
+
+    Each group keeps threads that wake up a hundred times a second: after some hundred jobs the machine did little else.
+    """
+    clear = getattr(torch.distributed.tensor.debug, "_clear_sharding_prop_cache", None)
+    if clear is not None:
+        clear()
     gc.collect()

@@ -31,6 +31,7 @@ $(INSTALLED): $(REQUIREMENTS)
 	@$(PIP) --requirement requirements/torch.txt --constraint requirements/lock.txt
 	@echo "setup 3/4: other requirements"
 	@$(PIP) --requirement requirements/torch.txt --requirement requirements/runtime.txt --requirement requirements/dev.txt --constraint requirements/lock.txt
+	@$(PIP) --no-deps --requirement requirements/solver.txt
 	@touch $@
 
 $(BUILT): $(INSTALLED) setup.py r1mega/__init__.py $(NATIVE)

@@ -32,6 +32,7 @@ OPERATIONS = (
     Operation("swiglu", "swiglu", "silu(gate) * up"),
     Operation("weighted_swiglu", "swiglu", "silu(gate) * up * the router's weight"),
     Operation("rms_norm", "rms_norm", "root-mean-square normalisation"),
+    Operation("rotate", "rotate", "rotary position embedding"),
     Operation("linear", "linear", "products with one or several weights", (PYTORCH,)),
     Operation("grouped_linear", "linear", "products of each expert's rows with its weight", (PYTORCH,)),
     Operation("causal_attention", "attention", "softmax attention", (PYTORCH,)),

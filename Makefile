@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off
 REQUIREMENTS := $(wildcard requirements/*.txt)
-NATIVE := $(wildcard csrc/*)
+NATIVE := $(wildcard csrc/*.* csrc/cuda/*) tools/build_cuda.py
 
 # Each stamp is made last, so a step that was interrupted is done again.
 INSTALLED := $(VENV)/.requirements-installed

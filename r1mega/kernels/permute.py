@@ -1,8 +1,8 @@
 """Moving token rows to expert order and back: ``permute`` and ``combine``, each the other's backward.
 
-The rows of an expert stand together, experts in order, in the order of their ranks (``r1mega.kernels.route``). So the
-row of a choice is ``first row of its expert + rank``: no sort, and the C++ kernel computes it inside the copy.
-Shapes: T tokens, K choices a token, E experts, H hidden, R routed rows.
+The rows of an expert stand together, experts in order, in the order of the tokens. The row of a choice is ``first row
+of its tile and expert + rank`` (``r1mega.kernels.route``): no sort, and the kernels compute it inside the copy.
+Shapes: T tokens, K choices a token, E experts, H hidden, R routed rows, N tiles of tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1mega.kernels import native
+from r1mega.kernels import cuda, native
+from r1mega.kernels.route import TILE_TOKENS, first_rows
 
 
 @dataclass
@@ -41,6 +42,7 @@ def permute(
     counts_E: Tensor,
     may_drop: bool = False,
     capacity: int | None = None,
+    first_row_NE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RowMap]:
     """Copy each token and its weights to its routed rows.
 
@@ -48,22 +50,25 @@ def permute(
         input_TH: ``[T, H]``.
         weights_TK: ``[T, K]``.
         experts_TK: ``[T, K]`` int64; E marks a dropped choice.
-        ranks_TK: ``[T, K]`` int64, of each choice among those of its expert.
+        ranks_TK: ``[T, K]`` int64, of each choice among those of its tile and expert.
         counts_E: ``[E]`` int64, choices of each expert.
         may_drop: whether there may be dropped choices.
         capacity: give each expert exactly this many rows, at least its count; the added ones are zero.
+        first_row_NE: ``[N, E]`` int64, what :func:`r1mega.kernels.route.route` gave with these ranks; None where ranks
+            were counted over all tokens, as :func:`r1mega.kernels.route.rank_choices` does.
 
     Returns:
         rows ``[R, H]``, their weights ``[R]`` and the map that :func:`combine` takes.
     """
-    if capacity is None:
-        num_rows = int(counts_E.sum()) if may_drop else experts_TK.numel()
-        first_of_expert = counts_E.cumsum(0) - counts_E
-    else:
+    num_rows = int(counts_E.sum()) if may_drop and capacity is None else experts_TK.numel()
+    if first_row_NE is None:
+        first_row_NE = first_rows(counts_E).unsqueeze(0)
+    if capacity is not None:
         num_rows = counts_E.shape[0] * capacity
-        first_of_expert = torch.arange(0, num_rows, capacity, device=counts_E.device) if capacity else counts_E
+        first_of_expert = torch.arange(counts_E.shape[0], device=counts_E.device) * capacity
+        first_row_NE = first_row_NE - first_row_NE[0] + first_of_expert
     row_map = RowMap(torch.empty_like(experts_TK), num_rows, may_drop, capacity is not None)
-    rows, weights = _Permute.apply(input_TH, weights_TK, experts_TK, ranks_TK, first_of_expert, row_map)
+    rows, weights = _Permute.apply(input_TH, weights_TK, experts_TK, ranks_TK, first_row_NE, row_map)
     return rows, weights, row_map
 
 
@@ -74,21 +79,11 @@ def combine(rows_RH: Tensor, row_map: RowMap) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_TH, weights_TK, experts_TK, ranks_TK, first_of_expert, row_map):
+    def forward(ctx, input_TH, weights_TK, experts_TK, ranks_TK, first_row_NE, row_map):
         ctx.row_map = row_map
         ctx.set_materialize_grads(False)
-        num_tokens, top_k = experts_TK.shape
-        if not native.takes(input_TH):
-            find_rows(experts_TK, ranks_TK, first_of_expert, row_map)
-            return reference_copy_rows(input_TH, row_map), _copy_weights(weights_TK, row_map)
-        input_TH = input_TH.contiguous()
-        out, row_bytes = _rows_for(input_TH, row_map)
-        native.call(
-            "permute", None, input_TH, experts_TK.contiguous(), ranks_TK.contiguous(), first_of_expert,
-            row_map.row_of_choice, out, num_tokens, first_of_expert.shape[0], top_k, row_bytes,
-            native.streams(out, row_bytes),
-        )  # fmt: skip
-        return out, _copy_weights(weights_TK, row_map)
+        rows = _rows_of(input_TH.contiguous(), experts_TK, ranks_TK, first_row_NE, row_map)
+        return rows, _copy_weights(weights_TK, row_map)
 
     @staticmethod
     def backward(ctx, grad_RH, grad_R):
@@ -114,15 +109,35 @@ class _Combine(torch.autograd.Function):
         return _copy_rows(grad_TH, ctx.row_map), None
 
 
-def find_rows(experts_TK: Tensor, ranks_TK: Tensor, first_of_expert: Tensor, row_map: RowMap) -> None:
-    """Fill ``row_map.row_of_choice`` as the C++ permute does."""
-    num_experts = first_of_expert.shape[0]
-    if not row_map.dropped:
-        torch.add(first_of_expert[experts_TK], ranks_TK, out=row_map.row_of_choice)
-        return
-    kept = experts_TK < num_experts
-    rows = first_of_expert[experts_TK.clamp(max=num_experts - 1)] + ranks_TK
-    row_map.row_of_choice.copy_(rows.masked_fill_(~kept, -1))
+def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_NE: Tensor, row_map: RowMap) -> Tensor:
+    """Copy the rows, and fill ``row_map.row_of_choice``."""
+    num_tiles, num_experts = first_row_NE.shape
+    if native.takes(input_TH) and num_tiles == 1:
+        out, row_bytes = _rows_for(input_TH, row_map)
+        native.call(
+            "permute", None, input_TH, experts_TK.contiguous(), ranks_TK.contiguous(), first_row_NE.contiguous(),
+            row_map.row_of_choice, out, experts_TK.shape[0], num_experts, experts_TK.shape[1], row_bytes,
+            native.streams(out, row_bytes),
+        )  # fmt: skip
+        return out
+    if cuda.takes(input_TH, experts_TK, ranks_TK, first_row_NE):
+        given = (tensor.contiguous() for tensor in (experts_TK, ranks_TK, first_row_NE))
+        rows, row_map.row_of_choice = cuda.permute(input_TH, *given, row_map.num_rows, row_map.padded)
+        return rows
+    find_rows(experts_TK, ranks_TK, first_row_NE, row_map)
+    return _copy_rows(input_TH, row_map)
+
+
+def find_rows(experts_TK: Tensor, ranks_TK: Tensor, first_row_NE: Tensor, row_map: RowMap) -> None:
+    """Fill ``row_map.row_of_choice`` as the kernels do."""
+    num_tiles, num_experts = first_row_NE.shape
+    place = experts_TK.clamp(max=num_experts - 1) if row_map.dropped else experts_TK
+    if num_tiles > 1:
+        tile = torch.arange(experts_TK.shape[0], device=experts_TK.device) // TILE_TOKENS
+        place = place + (tile * num_experts).unsqueeze(1)
+    rows = torch.add(first_row_NE.flatten()[place], ranks_TK, out=row_map.row_of_choice)
+    if row_map.dropped:
+        rows.masked_fill_(experts_TK == num_experts, -1)
 
 
 def _copy_weights(weights_TK: Tensor, row_map: RowMap) -> Tensor:
@@ -140,9 +155,11 @@ def _rows_for(input_TH: Tensor, row_map: RowMap) -> tuple[Tensor, int]:
 
 
 def _copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
-    if not native.takes(input_TH):
-        return reference_copy_rows(input_TH, row_map)
     input_TH = input_TH.contiguous()
+    if not native.takes(input_TH):
+        if cuda.takes(input_TH):
+            return cuda.copy_rows(input_TH, row_map.row_of_choice, row_map.num_rows, row_map.padded)
+        return reference_copy_rows(input_TH, row_map)
     out, row_bytes = _rows_for(input_TH, row_map)
     rows = row_map.row_of_choice
     native.call("copy_rows", None, input_TH, rows, out, *rows.shape, row_bytes, native.streams(out, row_bytes))

@@ -84,8 +84,9 @@ class AllToAllDispatcher:
         """
         counts = routing.counts_E
         rows, weights, row_map = permute(
-            hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, counts, may_drop, padded_capacity
-        )
+            hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, counts, may_drop, padded_capacity,
+            routing.first_row_NE,
+        )  # fmt: skip
         if padded_capacity is not None:
             counts = torch.full_like(counts, padded_capacity)
         return Dispatch(rows, weights, row_map, counts)

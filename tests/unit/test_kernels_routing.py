@@ -50,8 +50,8 @@ def test_route_decides_exactly_as_the_reference(size, dtype, ties, level):
     for seed, function in enumerate(FUNCTIONS):
         logits, bias, options = case(size, function, dtype, ties, seed)
         for given in (bias, None):
-            actual, expected = (decide(logits, given, options) for decide in (route, reference_route))
-            for name in ("experts_TK", "ranks_TK", "counts_E", "scores_TE"):
+            actual, expected = (decide(logits, given, options, with_scores=True) for decide in (route, reference_route))
+            for name in ("experts_TK", "ranks_TK", "counts_E", "first_row_NE", "scores_TE"):
                 assert torch.equal(getattr(actual, name), getattr(expected, name)), name
             tolerance = 1e-6 if dtype == torch.float32 else 1e-13
             torch.testing.assert_close(actual.weights_TK, expected.weights_TK, rtol=tolerance, atol=tolerance)
@@ -65,7 +65,7 @@ def test_the_gradient_of_route_is_the_reference_s(function, used, level):
     for decide in (route, reference_route):
         logits, bias, options = case((200, 24, 4, 4, 2), function, torch.float64)
         logits.requires_grad_()
-        choices = decide(logits, bias, options)
+        choices = decide(logits, bias, options, with_scores=True)
         loss = torch.zeros((), dtype=torch.float64)
         if used != "scores":
             loss = loss + (choices.weights_TK * random(200, 4)).sum()
@@ -80,7 +80,7 @@ def test_route_passes_gradcheck(function, implementation):
     logits, bias, options = case((5, 6, 2, 3, 2), function, torch.float64)
 
     def differentiable(logits: Tensor) -> tuple[Tensor, Tensor]:
-        choices = route(logits, bias, options)
+        choices = route(logits, bias, options, with_scores=True)
         return choices.weights_TK, choices.scores_TE
 
     assert gradcheck(differentiable, (logits.requires_grad_(),))
@@ -106,7 +106,7 @@ def test_of_equal_scores_the_lower_expert_and_the_lower_group_win(implementation
 
 def test_infinite_logits_are_scores_of_one_and_zero(implementation):
     logits = torch.tensor([[-math.inf, 0.0, math.inf, 1.0]])
-    choices = route(logits, None, RouteOptions(3))
+    choices = route(logits, None, RouteOptions(3), with_scores=True)
     assert choices.experts_TK.tolist() == [[2, 3, 1]]
     assert choices.weights_TK.isfinite().all() and choices.scores_TE[0, 2] == 1 and choices.scores_TE[0, 0] == 0
 

@@ -25,7 +25,8 @@ __device__ inline int64_t row_of(int64_t choice, int64_t token, const PermuteArg
   if (!a.experts) return a.row_of_choice[choice];
   const int64_t expert = a.experts[choice];
   if (expert == a.num_experts) return -1;
-  return a.first_row[token / a.tile_tokens * a.num_experts + expert] + a.ranks[choice];
+  const int tile = int(token) / a.tile_tokens;
+  return a.first_row[int64_t(tile) * a.num_experts + expert] + a.ranks[choice];
 }
 
 template <class Piece>

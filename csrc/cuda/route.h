@@ -30,7 +30,7 @@ struct RoutePlan : RouteArguments {
 };
 
 // An expert that may be among the best K. Greater orders come first: the key, and the lower expert of equal keys.
-struct Candidate {
+struct alignas(16) Candidate {
   uint64_t order;
   int expert;
   float score;
@@ -113,6 +113,16 @@ __device__ inline float make_scores(float (&x)[V], int count, bool softmax) {
   return 1.f;
 }
 
+// The keys of the experts' values; 0 where the lane has no expert. The bias is read for each token: it stays in the
+// cache, and as many registers are free.
+template <int V>
+__device__ inline void make_keys(const float (&scores)[V], LaneExperts mine, const RoutePlan& a, unsigned (&keys)[V]) {
+  float bias[V] = {};
+  if (a.bias) load(a.bias, mine, a.whole_pieces, bias);
+#pragma unroll
+  for (int v = 0; v < V; ++v) keys[v] = v < mine.count ? key_of(a.bias ? scores[v] + bias[v] : scores[v]) : 0;
+}
+
 // Leaves only the experts of the best groups; a group's value is the sum of its two best experts' values.
 template <int V>
 __device__ inline void leave_out_groups(unsigned (&keys)[V], int lane, const RoutePlan& a) {
@@ -155,6 +165,7 @@ template <int V>
 __device__ inline void choose_one_by_one(unsigned (&keys)[V], const float (&scores)[V], int first_expert, int lane,
                                          int top_k, Candidate* chosen) {
   unsigned best = greatest_of(keys);
+#pragma unroll 1
   for (int k = 0; k < top_k; ++k) {
     const unsigned greatest = __reduce_max_sync(kWholeWarp, best);
     const int winner = __ffs(__ballot_sync(kWholeWarp, best == greatest)) - 1;
@@ -260,8 +271,7 @@ __global__ void __launch_bounds__(RouteShape<V>::kThreads) route_kernel(RoutePla
   __syncthreads();
 
   const LaneExperts mine = experts_of(lane, a);
-  float bias[V] = {}, score_sums[V] = {};
-  if (a.bias) load(a.bias, mine, false, bias);
+  float score_sums[V] = {};
   for (int slot = warp; slot < kTileTokens; slot += kWarps) {
     const int64_t token = int64_t(blockIdx.x) * kTileTokens + slot;
     if (token >= a.num_tokens) break;
@@ -270,10 +280,8 @@ __global__ void __launch_bounds__(RouteShape<V>::kThreads) route_kernel(RoutePla
     load(a.logits + token * a.num_experts, mine, a.whole_pieces, scores);
     const float scale = 1.f / (make_scores(scores, mine.count, a.softmax) + 1e-20f);
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      score_sums[v] += scores[v] * scale;
-      keys[v] = v < mine.count ? key_of(a.bias ? scores[v] + bias[v] : scores[v]) : 0;
-    }
+    for (int v = 0; v < V; ++v) score_sums[v] += scores[v] * scale;
+    make_keys(scores, mine, a, keys);
     if (a.num_groups > 1) leave_out_groups(keys, lane, a);
     choose(keys, scores, mine.first, lane, a.top_k, shared.candidates[warp]);
     write_choice(shared, shared.candidates[warp], slot, token, lane, a);
@@ -307,7 +315,8 @@ inline cudaError_t route(const RouteArguments& given, void* stream) {
   while (a.num_groups << (a.lanes_of_group_log2 + 1) <= kWarpSize) ++a.lanes_of_group_log2;
   const int size = a.num_experts / a.num_groups, lanes = 1 << a.lanes_of_group_log2;
   a.experts_of_lane = (size + lanes - 1) / lanes;
-  a.whole_pieces = a.experts_of_lane % 4 == 0 && size % 4 == 0 && reinterpret_cast<uintptr_t>(a.logits) % 16 == 0;
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.logits) | reinterpret_cast<uintptr_t>(a.bias);
+  a.whole_pieces = a.experts_of_lane % 4 == 0 && size % 4 == 0 && addresses % 16 == 0;
   if (a.experts_of_lane <= 2) return launch_route<2>(a, stream);
   if (a.experts_of_lane <= 4) return launch_route<4>(a, stream);
   if (a.experts_of_lane <= 8) return launch_route<8>(a, stream);

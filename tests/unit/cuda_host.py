@@ -5,14 +5,18 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from r1mega.kernels import cuda, native
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc/cuda"
+SEED = "R1MEGA_EMULATION_SEED"
 STRUCTURES = {
     "route": "RouteArguments", "route_backward": "RouteBackwardArguments", "scan": "ScanArguments",
     "permute": "PermuteArguments",
@@ -42,10 +46,20 @@ def compile_one(kernel: str, sources: Path, output: Path) -> None:
     compile_host(alone, output, "-O1", "-fPIC", "-shared")
 
 
-def use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def use(path: Path, set_attribute: Callable[[object, str, object], None] = setattr) -> None:
     """From now on CPU tensors go to the library at ``path``, as a GPU's tensors do to the real one."""
     found = ctypes.CDLL(str(path))
     found.r1mega_error.restype = ctypes.c_char_p
-    monkeypatch.setattr(cuda, "library", found)
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(native, "library", None)
+    set_attribute(cuda, "library", found)
+    set_attribute(cuda, "DEVICE", "cpu")
+    set_attribute(native, "library", None)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Normally distributed numbers, the same in each run."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def stepped(shape: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits and biases with many equal ones, and otherwise far more than a rounding error apart."""
+    return (random(*shape, seed=seed) * 2).round() / 2, (random(shape[1], seed=seed) * 4).round() / 4

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,8 @@ from r1mega.kernels.route import (
     reference_route,
     route,
 )
-from tests.unit.cuda_host import SOURCES, compile_host, compile_one, use
-
-SEED = "R1MEGA_EMULATION_SEED"
+from tests.unit.cuda_host import ROOT, SEED, SOURCES, compile_host, random, stepped, use
+from tests.unit.cuda_host_mutants import MUTANTS, check
 
 
 @pytest.fixture(scope="session")
@@ -46,11 +47,7 @@ def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def host(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels run on CPU tensors."""
-    use(library, monkeypatch)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    use(library, monkeypatch.setattr)
 
 
 # tokens, experts, choices, groups, kept groups: each number of experts a lane, groups that fill lanes in part
@@ -64,11 +61,6 @@ FUNCTIONS = [("sigmoid", True), ("sigmoid", False), ("softmax", True), ("softmax
 
 def options_of(size: tuple[int, ...], function: tuple[str, bool]) -> RouteOptions:
     return RouteOptions(size[2], function[0], size[3], size[4], function[1], factor=2.5)
-
-
-def stepped(size: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits and biases with many equal ones, and otherwise far more than a rounding error apart."""
-    return (random(*size[:2], seed=seed) * 2).round() / 2, (random(size[1], seed=seed) * 4).round() / 4
 
 
 def ranks_over_all_tokens(choices: Choices) -> Tensor:
@@ -94,7 +86,7 @@ def test_route_decides_as_the_reference_where_many_values_are_equal(size, schedu
     for seed, function in enumerate(FUNCTIONS):
         if function[0] == "softmax" and seed != 2 + int(schedule) % 2:
             continue
-        (logits, bias), options = stepped(size, seed), options_of(size, function)
+        (logits, bias), options = stepped(size[:2], seed), options_of(size, function)
         given = bias if seed % 2 == 0 else None
         if function[0] == "softmax":
             given = None  # with a bias, values that differ by a rounding error could be chosen otherwise
@@ -102,20 +94,22 @@ def test_route_decides_as_the_reference_where_many_values_are_equal(size, schedu
 
 
 @pytest.mark.usefixtures("host")
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_route_chooses_from_its_own_scores_as_the_reference_does(size):
+@pytest.mark.parametrize("function", FUNCTIONS[::2], ids=str)
+@pytest.mark.parametrize(
+    "size", [(70, 16, 2, 4, 2), (20, 160, 6, 8, 3), (20, 256, 8, 8, 4), (9, 384, 16, 1, 1)], ids=str
+)
+def test_route_chooses_from_its_own_scores_as_the_reference_does(size, function):
     """Scores of random logits differ by a rounding error between exponentials; the choice among them must not."""
-    for function in FUNCTIONS[::2]:
-        logits, bias, options = random(*size[:2]), random(size[1]) * 0.3, options_of(size, function)
-        scores = own_scores(logits, options)
-        choices, expected = route(logits, bias, options), choose_experts(scores, bias, options)
-        assert torch.equal(choices.experts_TK, expected)
-        ranks, counts = rank_choices(expected, size[1])
-        assert torch.equal(choices.counts_E, counts) and torch.equal(ranks_over_all_tokens(choices), ranks)
-        chosen = scores.gather(1, expected)
-        weights = chosen / (chosen.sum(1, keepdim=True) + 1e-20) * options.factor
-        torch.testing.assert_close(choices.weights_TK, weights, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(scores, reference_scores(logits, options), rtol=1e-6, atol=1e-37)
+    logits, bias, options = random(*size[:2]), random(size[1]) * 0.3, options_of(size, function)
+    scores = own_scores(logits, options)
+    choices, expected = route(logits, bias, options), choose_experts(scores, bias, options)
+    assert torch.equal(choices.experts_TK, expected)
+    ranks, counts = rank_choices(expected, size[1])
+    assert torch.equal(choices.counts_E, counts) and torch.equal(ranks_over_all_tokens(choices), ranks)
+    chosen = scores.gather(1, expected)
+    weights = chosen / (chosen.sum(1, keepdim=True) + 1e-20) * options.factor
+    torch.testing.assert_close(choices.weights_TK, weights, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(scores, reference_scores(logits, options), rtol=1e-6, atol=1e-37)
 
 
 def own_scores(logits: Tensor, options: RouteOptions) -> Tensor:
@@ -161,7 +155,7 @@ def test_nan_is_chosen_first_and_infinities_are_the_greatest_and_least(function,
 def test_the_gradient_of_the_weights_is_the_reference_s(size, function, schedule):
     gradients = []
     for decide in (route, reference_route):
-        logits, bias = stepped(size)
+        logits, bias = stepped(size[:2])
         choices = decide(
             logits.requires_grad_(), None if function[0] == "softmax" else bias, options_of(size, function)
         )
@@ -188,7 +182,7 @@ ROWS = [
 @pytest.mark.parametrize("dtype, width", ROWS, ids=str)
 def test_permute_puts_each_token_where_the_reference_puts_it(dtype, width, schedule):
     size = 150, 16, 3, 4, 2
-    choices = route(*stepped(size), options_of(size, FUNCTIONS[0]))
+    choices = route(*stepped(size[:2]), options_of(size, FUNCTIONS[0]))
     tokens = torch.arange(150 * width).remainder(251).view(150, width).to(dtype)
     rows, row_of_choice = cuda.permute(tokens, choices.experts_TK, choices.ranks_TK, choices.first_row_NE)
     order = choices.experts_TK.flatten().argsort(stable=True)
@@ -202,7 +196,7 @@ def test_permute_puts_each_token_where_the_reference_puts_it(dtype, width, sched
 @pytest.mark.parametrize("num_tokens", [0, 1, 150])
 def test_permute_and_combine_and_their_gradients_equal_the_reference(num_tokens, kind, monkeypatch):
     size = num_tokens, 16, 3, 4, 2
-    choices = route(*stepped(size), options_of(size, FUNCTIONS[0]))
+    choices = route(*stepped(size[:2]), options_of(size, FUNCTIONS[0]))
     experts, ranks, counts, first_row = (
         choices.experts_TK, choices.ranks_TK, choices.counts_E, choices.first_row_NE,
     )  # fmt: skip
@@ -265,101 +259,20 @@ def test_no_address_outside_and_nothing_undefined_at_any_size(tmp_path):
     assert run.returncode == 0 and run.stdout == "all sizes are right\n", run.stdout + run.stderr[-3000:]
 
 
-# What is planted: in which kernel, what it replaces, and by what. Of texts that are there more often, the n-th.
-MUTANTS = {
-    "no barrier after the tile's masks are cleared": ("route", "  __syncthreads();\n", "", 0),
-    "no barrier before candidates become score sums": ("route", "  __syncthreads();\n", "", 1),
-    "no barrier before ranks are read": ("route", "  __syncthreads();\n", "", 2),
-    "candidates are read before all are there": ("route", "  __syncwarp();\n  if (count", "  if (count", 0),
-    "candidates are replaced before all are read": ("route", "  __syncwarp();\n  if (lane", "  if (lane", 0),
-    "lanes without a choice leave": ("route", "const float score =", "if (!writes) return; const float score =", 0),
-    "of equal experts the higher wins": ("route", "~unsigned(expert)", "unsigned(expert)", 0),
-    "of equal groups the higher wins": ("route", "other < group", "other > group", 0),
-    "a token counts as earlier than itself": ("route", "(1u << slot % 32) - 1", "(2u << slot % 32) - 1", 0),
-    "half of a tile is forgotten": ("route", "__popc(tokens[0]) + __popc(tokens[1] &", "__popc(tokens[1] &", 0),
-    "one by one, an expert is taken twice": ("route", "      keys[v] = 0;\n", "", 0),
-    "sums are read before all are there": ("scan", "  __syncthreads();\n", "", 0),
-    "a warp counts its own tiles as earlier ones": ("scan", "(other == warp)", "(other == warp + 1)", 0),
-    "the sum over experts stops half-way": ("scan", "step < kWarpSize", "step < kWarpSize / 2", 0),
-    "all tokens are in the first tile": ("permute", "token / a.tile_tokens * a.num_experts", "0", 0),
-    "all rows go where the first choice goes": ("permute", "(kWholeWarp, row, k)", "(kWholeWarp, row, 0)", 0),
-    "gradients are set before all is cleared": ("route_backward", "  __syncwarp();\n  if (has", "  if (has", 0),
-    "the row is written before they are set": ("route_backward", "  __syncwarp();\n  float* out", "  float* out", 0),
-}  # fmt: skip
-
-
-def plant(name: str, folder: Path) -> None:
-    """A copy of the sources with one mistake, and of route's kernels only the one that the check below needs."""
-    kernel, correct, wrong, index = MUTANTS[name]
-    shutil.copytree(SOURCES, folder)
-    path = folder / f"{kernel}.h"
-    parts = path.read_text().split(correct)
-    assert len(parts) > index + 1, "the text is not there any more"
-    text = correct.join(parts[: index + 1]) + wrong + correct.join(parts[index + 1 :])
-    for unused in (2, 4, 12):
-        text = text.replace(f"  if (a.experts_of_lane <= {unused}) return launch_route<{unused}>(a, stream);\n", "")
-    path.write_text(text.replace("  return launch_route<24>(a, stream);\n", "  return cudaErrorInvalidValue;\n"))
-
-
-def check(kernel: str) -> None:
-    """Fails unless the kernel is right."""
-    size = 100, 192, 6, 8, 4
-    options, (logits, bias) = options_of(size, FUNCTIONS[0]), stepped(size)
-    expected = reference_route(logits, bias, options)
-    if kernel == "route":
-        equal = torch.zeros(3, 192)
-        for given in (logits, random(*size[:2]), equal):
-            _check_route(given, bias if given is logits else None, options)
-    elif kernel == "scan":
-        counts = torch.randint(0, 64, (70, 40), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-        first_row, totals, sums = cuda.scan(counts, counts.float())
-        flat = counts.t().flatten()
-        assert torch.equal(first_row.t().flatten(), flat.cumsum(0) - flat)
-        assert torch.equal(totals, counts.sum(0)) and torch.equal(sums, counts.sum(0).float())
-    elif kernel == "permute":
-        tokens, ranks = random(100, 40), expected.ranks_TK.clone()
-        of_first_tile = torch.bincount(expected.experts_TK[:TILE_TOKENS].flatten(), minlength=192)
-        ranks[TILE_TOKENS:] -= of_first_tile[expected.experts_TK[TILE_TOKENS:]]
-        first_row = expected.first_row_NE + torch.stack([torch.zeros_like(of_first_tile), of_first_tile])
-        rows, _ = cuda.permute(tokens, expected.experts_TK, ranks, first_row)
-        assert torch.equal(rows, tokens[expected.experts_TK.flatten().argsort(stable=True) // 6])
-    else:
-        leaf = logits.requires_grad_()
-        expected = reference_route(leaf, bias, options)
-        grad = random(100, 6)
-        wanted = torch.autograd.grad(expected.weights_TK, leaf, grad)[0]
-        scores = leaf.detach().sigmoid().gather(1, expected.experts_TK)
-        torch.testing.assert_close(cuda.route_backward(grad, expected.experts_TK, scores, 192, options), wanted)
-
-
-def _check_route(logits: Tensor, bias: Tensor | None, options: RouteOptions) -> None:
-    experts, weights, ranks, tile_counts, tile_sums, _ = cuda.route(logits, bias, options)
-    expected = reference_route(logits, bias, options)
-    assert torch.equal(experts, expected.experts_TK)
-    torch.testing.assert_close(weights, expected.weights_TK, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(tile_sums.sum(0), expected.score_sums_E, rtol=1e-5, atol=1e-5)
-    assert torch.equal(tile_counts.sum(0), expected.counts_E)
-    for tile, first in enumerate(range(0, len(logits), TILE_TOKENS)):
-        of_tile = experts[first : first + TILE_TOKENS]
-        tile_ranks, counts = rank_choices(of_tile, logits.shape[1])
-        assert torch.equal(tile_counts[tile], counts.int())
-        assert torch.equal(ranks[first : first + TILE_TOKENS], tile_ranks)
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What finds each mutant."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    command = [sys.executable, "-m", "tests.unit.cuda_host_mutants", str(tmp_path_factory.mktemp("mutants"))]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_planted_mistake_is_caught(name, tmp_path, monkeypatch):
-    plant(name, tmp_path / "sources")
-    kernel = MUTANTS[name][0]
-    compile_one(kernel, tmp_path / "sources", tmp_path / "mutant.so")
-    use(tmp_path / "mutant.so", monkeypatch)
-    caught = False
-    for seed in range(4):
-        monkeypatch.setenv(SEED, str(seed))
-        try:
-            check(kernel)
-        except (AssertionError, RuntimeError):
-            caught = True
-    assert caught
+def test_a_planted_mistake_is_found(name, found):
+    assert found[name]
 
 
 @pytest.mark.usefixtures("host")

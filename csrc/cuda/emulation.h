@@ -252,6 +252,8 @@ T& shared_memory() {
   return *reinterpret_cast<T*>(block.shared.get());
 }
 
+inline float reciprocal_guess(float value) { return 1.f / value; }
+
 }  // namespace r1mega
 
 #define threadIdx r1mega::emulation::thread_index

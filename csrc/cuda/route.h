@@ -85,17 +85,32 @@ __device__ inline void load(const float* from, LaneExperts mine, bool whole_piec
   for (int v = 0; v < V; ++v) to[v] = v < mine.count ? from[mine.first + v] : 0.f;
 }
 
+// Below this, 1 + exp(-logit) may be out of the range of reciprocal().
+constexpr float kLowestLogit = -80.f;
+
+template <int V>
+__device__ inline void sigmoid(float (&x)[V]) {
+  bool ordinary = true;  // neither very low nor NaN
+#pragma unroll
+  for (int v = 0; v < V; ++v) ordinary &= x[v] > kLowestLogit;
+  if (__ballot_sync(kWholeWarp, ordinary) == kWholeWarp) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] = reciprocal(1.f + expf(-x[v]));
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] = 1.f / (1.f + expf(-x[v]));
+  }
+}
+
 // Logits to scores, in place; the exponential and the quotient are those of torch.sigmoid and torch.softmax.
 // Returns the sum of the token's scores.
 template <int V>
 __device__ inline float make_scores(float (&x)[V], int count, bool softmax) {
   float sum = 0.f;
   if (!softmax) {
+    sigmoid(x);
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      x[v] = 1.f / (1.f + expf(-x[v]));
-      sum += v < count ? x[v] : 0.f;
-    }
+    for (int v = 0; v < V; ++v) sum += v < count ? x[v] : 0.f;
     return warp_sum(sum);
   }
   unsigned key = 0;
@@ -123,6 +138,19 @@ __device__ inline void make_keys(const float (&scores)[V], LaneExperts mine, con
   for (int v = 0; v < V; ++v) keys[v] = v < mine.count ? key_of(a.bias ? scores[v] + bias[v] : scores[v]) : 0;
 }
 
+// How many groups are better than the lane's. The lanes of a group share the others.
+__device__ inline int better_groups(unsigned mine, int lane, const RoutePlan& a) {
+  const int lanes = 1 << a.lanes_of_group_log2, group = lane / lanes;
+  int better = 0;
+  for (int first = 0; first < a.num_groups; first += lanes) {
+    const int other = first + lane % lanes;
+    const unsigned key = __shfl_sync(kWholeWarp, mine, other * lanes);
+    better += other < a.num_groups && (key > mine || (key == mine && other < group));
+  }
+  for (int step = 1; step < lanes; step *= 2) better += __shfl_xor_sync(kWholeWarp, better, step);
+  return better;
+}
+
 // Leaves only the experts of the best groups; a group's value is the sum of its two best experts' values.
 template <int V>
 __device__ inline void leave_out_groups(unsigned (&keys)[V], int lane, const RoutePlan& a) {
@@ -140,14 +168,7 @@ __device__ inline void leave_out_groups(unsigned (&keys)[V], int lane, const Rou
   }
   float value = value_of(first);
   if (a.num_experts > a.num_groups) value += value_of(second);
-  const unsigned mine = key_of(value);
-  const int group = lane >> a.lanes_of_group_log2;
-  int better = 0;
-  for (int other = 0; other < a.num_groups; ++other) {
-    const unsigned key = __shfl_sync(kWholeWarp, mine, other << a.lanes_of_group_log2);
-    better += key > mine || (key == mine && other < group);
-  }
-  if (better < a.top_k_groups) return;
+  if (better_groups(key_of(value), lane, a) < a.top_k_groups) return;
 #pragma unroll
   for (int v = 0; v < V; ++v) keys[v] = keys[v] ? kKeyOfMinusInfinity : 0;
 }
@@ -194,22 +215,22 @@ __device__ inline void choose(unsigned (&keys)[V], const float (&scores)[V], int
     if (rest == threshold) rest = 0;
   }
   threshold = greater(threshold, 1u);  // no expert has key 0
-  int count = 0;
+  unsigned fits = 0;
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const bool fits = keys[v] >= threshold;
-    const unsigned lanes = __ballot_sync(kWholeWarp, fits);
-    const int place = count + __popc(lanes & ((1u << lane) - 1));
-    const int expert = first_expert + v;
-    if (fits && place < kWarpSize) chosen[place] = {uint64_t(keys[v]) << 32 | ~unsigned(expert), expert, scores[v]};
-    count += __popc(lanes);
-  }
-  __syncwarp();
+  for (int v = 0; v < V; ++v) fits |= unsigned(keys[v] >= threshold) << v;
+  const int up_to_here = sum_up_to(__popc(fits), lane), count = __shfl_sync(kWholeWarp, up_to_here, kWarpSize - 1);
   if (count > kWarpSize) {  // many equal keys
     choose_one_by_one(keys, scores, first_expert, lane, top_k, chosen);
     __syncwarp();
     return;
   }
+  int place = up_to_here - __popc(fits);
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int expert = first_expert + v;
+    if (fits >> v & 1) chosen[place++] = {uint64_t(keys[v]) << 32 | ~unsigned(expert), expert, scores[v]};
+  }
+  __syncwarp();
   const Candidate mine = chosen[lane];
   int better = 0;
   for (int other = 0; other < count; ++other) better += chosen[other].order > mine.order;
@@ -278,7 +299,7 @@ __global__ void __launch_bounds__(RouteShape<V>::kThreads) route_kernel(RoutePla
     float scores[V];
     unsigned keys[V];
     load(a.logits + token * a.num_experts, mine, a.whole_pieces, scores);
-    const float scale = 1.f / (make_scores(scores, mine.count, a.softmax) + 1e-20f);
+    const float scale = reciprocal(make_scores(scores, mine.count, a.softmax) + 1e-20f);
 #pragma unroll
     for (int v = 0; v < V; ++v) score_sums[v] += scores[v] * scale;
     make_keys(scores, mine, a, keys);

@@ -54,13 +54,9 @@ __global__ void __launch_bounds__(kScanWarps* kWarpSize) scan_kernel(ScanArgumen
     if (other == warp) of_earlier_tiles = total;
     total += shared.counts[other][lane];
   }
-  int up_to_here = total;  // of the block's experts up to this lane's
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const int lower = __shfl_up_sync(kWholeWarp, up_to_here, step);
-    if (lane >= step) up_to_here += lower;
-  }
   const int of_earlier_blocks = __reduce_add_sync(kWholeWarp, shared.before[lane]);
-  int row = of_earlier_blocks + up_to_here - total + of_earlier_tiles;
+  const int of_earlier_experts = sum_up_to(total, lane) - total;
+  int row = of_earlier_blocks + of_earlier_experts + of_earlier_tiles;
   for (int tile = first_tile; in_use && tile < last_tile; ++tile) {
     const int64_t at = int64_t(tile) * a.num_experts + expert;
     a.first_row[at] = row;

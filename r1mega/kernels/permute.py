@@ -121,8 +121,10 @@ def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_N
         )  # fmt: skip
         return out
     if cuda.takes(input_TH, experts_TK, ranks_TK, first_row_NE):
-        given = (tensor.contiguous() for tensor in (experts_TK, ranks_TK, first_row_NE))
-        rows, row_map.row_of_choice = cuda.permute(input_TH, *given, row_map.num_rows, row_map.padded)
+        rows, row_map.row_of_choice = cuda.permute(
+            input_TH, experts_TK.contiguous(), ranks_TK.contiguous(), first_row_NE.contiguous(), row_map.num_rows,
+            row_map.padded,
+        )  # fmt: skip
         return rows
     find_rows(experts_TK, ranks_TK, first_row_NE, row_map)
     return _copy_rows(input_TH, row_map)

@@ -97,8 +97,9 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions, with_
             experts, weights, ranks, counts, first_row, partial(score_sums, scores), scores if with_scores else None
         )
     if cuda.takes_route(logits_TE, bias_E, options):
-        *decided, sums = _RouteOnGPU.apply(logits_TE, bias_E, options)
-        return Choices(*decided, lambda: sums, _scores(logits_TE, options) if with_scores else None)
+        experts, weights, ranks, counts, first_row, sums = _RouteOnGPU.apply(logits_TE, bias_E, options)
+        scores = _scores(logits_TE, options) if with_scores else None
+        return Choices(experts, weights, ranks, counts, first_row, lambda: sums, scores)
     return reference_route(logits_TE, bias_E, options, with_scores)
 
 

@@ -17,7 +17,7 @@ LIMITS = {
     "route_kernel<2>": (64, 32768),
     "route_kernel<4>": (64, 32768),
     "route_kernel<8>": (64, 40960),
-    "route_kernel<12>": (96, 32768),
+    "route_kernel<12>": (128, 32768),
     "route_kernel<24>": (128, 32768),
     "route_backward_kernel": (40, 12288),
     "scan_kernel": (40, 8320),
@@ -90,8 +90,8 @@ def test_the_library_loads_without_a_gpu_and_has_every_function(built: tuple[Pat
 def test_a_build_that_fails_leaves_the_old_library(tmp_path: Path) -> None:
     path = tmp_path / "_cuda.so"
     path.write_text("old")
-    with pytest.raises(BuildFailed, match="#error|error"):
-        build(nvcc(), ["90a"], path, "-DR1MEGA_LAUNCH")
+    with pytest.raises(BuildFailed, match="no-such-flag"):
+        build(nvcc(), ["90a"], path, "--no-such-flag")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

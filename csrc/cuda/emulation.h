@@ -10,18 +10,14 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <functional>
 #include <memory>
-#include <numeric>
-#include <random>
 #include <stdexcept>
-#include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -73,7 +69,8 @@ struct Warp {
 };
 
 struct Block {
-  std::function<void()> kernel;
+  void (*run)(const void* kernel);
+  const void* kernel;
   std::vector<Fibre> fibres;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> shared;  // exactly as large as the object, so that the address sanitizer sees its end
@@ -85,11 +82,33 @@ struct Block {
 
 inline thread_local Block* block = nullptr;
 inline thread_local dim3 thread_index, block_index, block_size, grid_size;
-inline thread_local std::string last_error;
+inline thread_local char last_error[128];
 
-inline unsigned seed() {
-  const char* text = std::getenv("R1MEGA_EMULATION_SEED");
-  return text ? std::atoi(text) : 0;
+// The order of warps and lanes: as they are numbered for seed 0, otherwise shuffled again and again.
+class Order {
+ public:
+  Order() {
+    const char* text = std::getenv("R1MEGA_EMULATION_SEED");
+    state_ = text ? std::strtoull(text, nullptr, 10) * 0x9e3779b97f4a7c15 : 0;
+  }
+  void shuffle(std::vector<unsigned>& numbers) {
+    for (size_t i = numbers.size(); state_ && i > 1; --i) std::swap(numbers[i - 1], numbers[next() % i]);
+  }
+
+ private:
+  uint64_t next() {  // xorshift
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return state_ >> 11;
+  }
+  uint64_t state_;
+};
+
+inline std::vector<unsigned> numbers_below(size_t count) {
+  std::vector<unsigned> numbers(count);
+  for (size_t i = 0; i < count; ++i) numbers[i] = unsigned(i);
+  return numbers;
 }
 
 inline void wait(State state) {
@@ -100,7 +119,7 @@ inline void wait(State state) {
 
 inline void run_fibre() {
   try {
-    block->kernel();
+    block->run(block->kernel);
   } catch (...) {
     block->error = std::current_exception();
   }
@@ -153,18 +172,16 @@ inline void resume(unsigned thread, char* stacks) {
 }
 
 // Runs the fibres of `block`, warp after warp, until none is left.
-inline void run_block(char* stacks, std::mt19937& random) {
+inline void run_block(char* stacks, Order& order) {
   const unsigned num_threads = unsigned(block->fibres.size());
-  std::vector<unsigned> warps(block->warps.size()), lanes(kLanes);
-  std::iota(warps.begin(), warps.end(), 0u);
-  std::iota(lanes.begin(), lanes.end(), 0u);
+  std::vector<unsigned> warps = numbers_below(block->warps.size()), lanes = numbers_below(kLanes);
   for (;;) {
-    if (seed()) std::shuffle(warps.begin(), warps.end(), random);
+    order.shuffle(warps);
     bool any = false;
     for (unsigned warp : warps) {
       for (bool again = true; again;) {
         again = false;
-        if (seed()) std::shuffle(lanes.begin(), lanes.end(), random);
+        order.shuffle(lanes);
         for (unsigned lane : lanes) {
           const unsigned thread = warp * kLanes + lane;
           if (thread >= num_threads || block->fibres[thread].state != State::kReady) continue;
@@ -192,7 +209,7 @@ cudaError_t launch(dim3 grid, dim3 threads, Kernel kernel) {
   const unsigned num_threads = threads.x * threads.y * threads.z;
   if (!num_threads || num_threads > kMostThreads || !grid.x || !grid.y) return cudaErrorInvalidValue;
   static thread_local std::unique_ptr<char[]> stacks(new char[kMostThreads * kStackBytes]);
-  std::mt19937 random(seed());
+  Order order;
   block_size = threads;
   grid_size = grid;
   try {
@@ -201,16 +218,17 @@ cudaError_t launch(dim3 grid, dim3 threads, Kernel kernel) {
         Block current;
         block = &current;
         block_index = dim3(x, y);
-        current.kernel = kernel;
+        current.run = [](const void* kernel) { (*static_cast<const Kernel*>(kernel))(); };
+        current.kernel = &kernel;
         current.fibres = std::vector<Fibre>(num_threads);
         current.warps = std::vector<Warp>((num_threads + kLanes - 1) / kLanes);
         for (size_t warp = 0; warp < current.warps.size(); ++warp)
           current.warps[warp].lanes = &current.fibres[warp * kLanes];
-        run_block(stacks.get(), random);
+        run_block(stacks.get(), order);
       }
     }
   } catch (const std::exception& error) {
-    last_error = error.what();
+    strncpy(last_error, error.what(), sizeof(last_error) - 1);
     return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
@@ -263,7 +281,7 @@ inline float reciprocal_guess(float value) { return 1.f / value; }
 #define R1MEGA_LAUNCH(kernel, grid, block, stream, ...) \
   ((void)(stream), r1mega::emulation::launch((grid), (block), [=] { (kernel)(__VA_ARGS__); }))
 
-inline const char* cudaGetErrorString(cudaError_t) { return r1mega::emulation::last_error.c_str(); }
+inline const char* cudaGetErrorString(cudaError_t) { return r1mega::emulation::last_error; }
 
 inline void __syncthreads() { r1mega::emulation::wait(r1mega::emulation::State::kAtBlockBarrier); }
 
@@ -309,7 +327,7 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   using namespace r1mega::emulation;
   return unsigned(collective(mask, value, [](const Warp& warp, unsigned mask, int, uint64_t) {
-    return fold(warp, mask, 0, [](uint64_t best, int, uint64_t value) { return std::max(best, value); });
+    return fold(warp, mask, 0, [](uint64_t best, int, uint64_t value) { return best < value ? value : best; });
   }));
 }
 

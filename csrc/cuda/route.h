@@ -32,9 +32,14 @@ struct RoutePlan : RouteArguments {
 // An expert that may be among the best K. Greater orders come first: the key, and the lower expert of equal keys.
 struct alignas(16) Candidate {
   uint64_t order;
-  int expert;
   float score;
+
+  __device__ int expert() const { return int(~unsigned(order)); }
 };
+
+__device__ inline Candidate candidate(unsigned key, int expert, float score) {
+  return {uint64_t(key) << 32 | ~unsigned(expert), score};
+}
 
 template <int V>
 struct RouteShape {
@@ -197,7 +202,7 @@ __device__ inline void choose_one_by_one(unsigned (&keys)[V], const float (&scor
       if (found || keys[v] != greatest) continue;
       found = true;
       keys[v] = 0;
-      chosen[k] = {greatest, first_expert + v, scores[v]};
+      chosen[k] = candidate(greatest, first_expert + v, scores[v]);
     }
     best = greatest_of(keys);
   }
@@ -226,10 +231,8 @@ __device__ inline void choose(unsigned (&keys)[V], const float (&scores)[V], int
   }
   int place = up_to_here - __popc(fits);
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int expert = first_expert + v;
-    if (fits >> v & 1) chosen[place++] = {uint64_t(keys[v]) << 32 | ~unsigned(expert), expert, scores[v]};
-  }
+  for (int v = 0; v < V; ++v)
+    if (fits >> v & 1) chosen[place++] = candidate(keys[v], first_expert + v, scores[v]);
   __syncwarp();
   const Candidate mine = chosen[lane];
   int better = 0;
@@ -274,7 +277,7 @@ __device__ inline void write_choice(RouteShared<V>& shared, const Candidate* cho
   const float score = writes ? chosen[lane].score : 0.f;
   const float sum = a.normalize ? warp_sum(score) + 1e-20f : 1.f;
   if (!writes) return;
-  const int expert = chosen[lane].expert;
+  const int expert = chosen[lane].expert();
   a.experts[token * a.top_k + lane] = expert;
   a.weights[token * a.top_k + lane] = score / sum * a.factor;
   a.chosen_scores[token * a.top_k + lane] = score;

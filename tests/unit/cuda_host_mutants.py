@@ -31,20 +31,15 @@ MUTANTS = {
     "candidates are read before all are there": ("route", "  __syncwarp();\n  const Candidate", "  const Candidate", 0),
     "candidates are replaced before all are read": ("route", "  __syncwarp();\n  if (lane", "  if (lane", 0),
     "lanes without a choice leave": ("route", "const float score =", "if (!writes) return; const float score =", 0),
-    "a lane shares the wrong groups": ("route", "first + lane % lanes", "first", 0),
-    "a candidate replaces another": ("route", "chosen[place++]", "chosen[place]", 0),
     "of equal experts the higher wins": ("route", "~unsigned(expert)", "unsigned(expert)", 0),
     "of equal groups the higher wins": ("route", "other < group", "other > group", 0),
     "a token counts as earlier than itself": ("route", "(1u << slot % 32) - 1", "(2u << slot % 32) - 1", 0),
-    "half of a tile is forgotten": ("route", "__popc(tokens[0]) + __popc(tokens[1] &", "__popc(tokens[1] &", 0),
     "one by one, an expert is taken twice": ("route", "      keys[v] = 0;\n", "", 0),
     "sums are read before all are there": ("scan", "  __syncthreads();\n", "", 0),
-    "a warp counts its own tiles as earlier ones": ("scan", "(other == warp)", "(other == warp + 1)", 0),
     "experts of earlier lanes are forgotten": ("scan", "sum_up_to(total, lane) - total", "0", 0),
     "all tokens are in the first tile": ("permute", "int(token) / a.tile_tokens", "0", 0),
     "all rows go where the first choice goes": ("permute", "(kWholeWarp, row, k)", "(kWholeWarp, row, 0)", 0),
     "gradients are set before all is cleared": ("route_backward", "  __syncwarp();\n  if (has", "  if (has", 0),
-    "the row is written before they are set": ("route_backward", "  __syncwarp();\n  float* out", "  float* out", 0),
 }  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 // -fsanitize=address,undefined. All results start as garbage, so that one that is not written is seen.
 #include "kernels.cu"
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <random>
 
 namespace {
 
@@ -18,7 +20,7 @@ std::unique_ptr<T[]> garbage(size_t count) {
 
 void require(bool condition, const char* what, int T, int E, int K) {
   if (condition) return;
-  printf("%s is wrong at T=%d E=%d K=%d %s\n", what, T, E, K, emulation::last_error.c_str());
+  printf("%s is wrong at T=%d E=%d K=%d %s\n", what, T, E, K, emulation::last_error);
   exit(1);
 }
 

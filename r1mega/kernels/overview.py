@@ -28,7 +28,7 @@ OPERATIONS = (
     Operation("route", "route", "scores, group-limited choice, weights, ranks, counts, and their gradient"),
     Operation("rank_choices", "route", "ranks and counts of choices made elsewhere"),
     Operation("permute", "permute", "token rows to expert order"),
-    Operation("combine", "permute", "the sum of each token's rows"),
+    Operation("combine", "combine", "the sum of each token's rows"),
     Operation("swiglu", "swiglu", "silu(gate) * up"),
     Operation("weighted_swiglu", "swiglu", "silu(gate) * up * the router's weight"),
     Operation("rms_norm", "rms_norm", "root-mean-square normalisation"),

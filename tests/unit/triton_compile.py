@@ -21,12 +21,14 @@ from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from r1mega.kernels.route import RouteOptions
-from r1mega.kernels.triton import combine, grouped, permute, route, swiglu
+from r1mega.kernels.triton import combine, grouped, permute, rms_norm, route, swiglu
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+VARIANTS_OF = 90
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
 T, K, H, E, F, LOCAL = 8192, 8, 7168, 256, 2048, 32
 R = T * K
+OPTIONAL = {"_route": ["bias_E"], "_sum_rows": ["weights_TK"], "_route_backward": ["logits_TE", "grad_sums_E"]}
 BF16, F32, I64, I32 = torch.bfloat16, torch.float32, torch.int64, torch.int32
 
 
@@ -34,16 +36,19 @@ def on_meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_all() -> None:
-    """Every kernel, at the sizes of DeepSeek-R1; the grouped products in float32, too."""
+def launch_all(variants: bool) -> None:
+    """Every kernel at the sizes of DeepSeek-R1; its variants are other score functions, and products in float32."""
     experts, ranks, weights = on_meta(T, K, dtype=I64), on_meta(T, K, dtype=I64), on_meta(T, K, dtype=F32)
     tokens, rows, logits = on_meta(T, H), on_meta(R, H), on_meta(T, E, dtype=F32)
     options = RouteOptions(K, "sigmoid", 8, 4, factor=2.5)
     decided = route.route(logits, on_meta(E, dtype=F32), options)
     assert [tuple(tensor.shape) for tensor in decided] == [(T, K)] * 3 + [(T // 64, E), (E,), (T, K)]
-    route.route(logits, None, RouteOptions(K, "softmax"))
-    for choice in (options, RouteOptions(K, "softmax", normalize=False)):
-        route.route_backward(weights, experts, weights, E, choice, logits, None if choice is options else logits[0])
+    route.route_backward(weights, experts, weights, E, options)
+    if variants:
+        route.route(logits, None, RouteOptions(K, "softmax"))
+        route.route_backward(
+            weights, experts, weights, E, RouteOptions(K, "softmax", normalize=False), logits, logits[0]
+        )
     first_row, _ = permute.scan(decided[3])
     assert permute.permute(tokens, experts, ranks, first_row)[0].shape == (R, H)
     assert combine.sum_rows(rows, experts).shape == combine.sum_rows(rows, experts, weights).shape == (T, H)
@@ -53,7 +58,10 @@ def launch_all() -> None:
     gate, up = gate_up.chunk(2, dim=1)
     hidden, scale = swiglu.swiglu(gate, up, on_meta(R, dtype=F32)), on_meta(R, dtype=F32)
     swiglu.swiglu_backward(hidden, gate, up, gate, up, scale)
-    for dtype in (BF16, F32):
+    gain = on_meta(H)
+    _, scales = rms_norm.rms_norm(tokens, gain, 1e-6)
+    rms_norm.rms_norm_backward(tokens, tokens, gain, scales)
+    for dtype in (BF16, F32)[: 1 + variants]:
         weight, down = on_meta(LOCAL, 2, F, H, dtype=dtype), on_meta(LOCAL, H, F, dtype=dtype)
         grouped.gate_up_swiglu(rows.to(dtype), weight, scale, ends)
         grouped.matmul(hidden.to(dtype), down.transpose(1, 2), ends)
@@ -74,7 +82,7 @@ def record(capability: int) -> dict[str, tuple]:
     grouped.capability = lambda device: divmod(capability, 10)
     grouped.shared_memory = lambda device: SHARED_MEMORY[capability]
     try:
-        launch_all()
+        launch_all(variants=capability == VARIANTS_OF)
     finally:
         JITFunction.run = original
     return launches
@@ -83,8 +91,8 @@ def record(capability: int) -> dict[str, tuple]:
 def _name(kernel: JITFunction, bound: dict) -> str:
     types = {str(value.dtype).removeprefix("torch.") for value in bound.values() if isinstance(value, torch.Tensor)}
     wide = "float32" if "bfloat16" not in types and "float32" in types else "bfloat16"
-    flags = [name.lower() for name, value in bound.items() if value is True]
-    given = [name for name in ("bias_E", "weights_TK", "logits_TE", "grad_sums_E") if bound.get(name) is not None]
+    flags = [name.lower() for name, value in bound.items() if value is True and name != "DESCRIPTORS"]
+    given = [name for name in OPTIONAL.get(kernel.__name__, ()) if bound[name] is not None]
     layout = ["straight"] if bound.get("stride_column") == 1 else []
     return " ".join([kernel.__name__.strip("_"), wide, *flags, *given, *layout])
 

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r1mega.kernels.triton.compat import cast, on_device_of, padded, pieces
+from r1mega.kernels.triton.compat import cast, launch, padded, pieces
 
 BLOCK = 1024
-BLOCK_OF_ALL_CHOICES = 4096
+BLOCK_OF_ALL_CHOICES = 2048
 
 
 def sum_rows(rows_RH: Tensor, row_of_choice_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
@@ -30,10 +30,8 @@ def sum_rows(rows_RH: Tensor, row_of_choice_TK: Tensor, weights_TK: Tensor | Non
     if out.numel() == 0:
         return out
     block = min(padded(width), BLOCK)
-    with on_device_of(rows_RH):
-        _sum_rows[(num_tokens, pieces(width, block))](
-            rows_RH, row_of_choice_TK, weights_TK, out, width, top_k, block, num_warps=4
-        )
+    arguments = rows_RH, row_of_choice_TK, weights_TK, out, width, top_k, block
+    launch(_sum_rows, (num_tokens, pieces(width, block)), arguments, num_warps=4)
     return out
 
 
@@ -68,10 +66,8 @@ def copy_rows(input_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int, padded_
     if out.numel() == 0 or num_tokens == 0:
         return out
     block = min(padded(width), BLOCK)
-    with on_device_of(input_TH):
-        _copy_rows[(num_tokens, pieces(width, block))](
-            input_TH, row_of_choice_TK, out, width, top_k, block, num_warps=4
-        )
+    arguments = input_TH, row_of_choice_TK, out, width, top_k, block
+    launch(_copy_rows, (num_tokens, pieces(width, block)), arguments, num_warps=4)
     return out
 
 
@@ -107,11 +103,8 @@ def weighted_backward(
         return grad_rows, grad_weights.zero_()
     choices = padded(top_k)
     block = min(padded(width), max(BLOCK_OF_ALL_CHOICES // choices, 1))
-    with on_device_of(rows_RH):
-        _weighted_backward[(num_tokens,)](
-            grad_TH, rows_RH, row_of_choice_TK, weights_TK, grad_rows, grad_weights, width, top_k, choices, block,
-            num_warps=4,
-        )  # fmt: skip
+    arguments = grad_TH, rows_RH, row_of_choice_TK, weights_TK, grad_rows, grad_weights, width, top_k, choices, block
+    launch(_weighted_backward, (num_tokens,), arguments, num_warps=4)
     return grad_rows, grad_weights
 
 

@@ -7,13 +7,12 @@ Shapes in the kernels' names: T tokens, K choices, E experts, H hidden, F expert
 
 from __future__ import annotations
 
-import contextlib
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra import libdevice
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -64,9 +63,13 @@ def pieces(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Kernels start on the current device; inside this it is the one of ``tensor``."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: int) -> None:
+    """Start ``kernel`` on the device of its first argument, a tensor or a descriptor of one.
+
+    Products and sums are fused. This is said, because Triton 3.9 warns that its default will change.
+    """
+    with torch.cuda.device_of(getattr(arguments[0], "base", arguments[0])):
+        kernel[grid](*arguments, enable_fp_fusion=True, **options)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from r1mega.kernels.triton.compat import capability, cast, dot, on_device_of, padded, pieces, shared_memory, silu
+from r1mega.kernels.triton.compat import capability, cast, dot, launch, padded, pieces, shared_memory, silu
 
 TILE_ROWS = 128
 TILES_AT_ONCE = 32
@@ -50,10 +50,8 @@ def find_tiles(ends_E: Tensor, num_rows: int) -> Tensor:
     num_experts = ends_E.shape[0]
     tiles = ends_E.new_empty(3, num_rows // TILE_ROWS + min(num_experts, num_rows))
     if tiles.shape[1]:
-        with on_device_of(ends_E):
-            _find_tiles[(pieces(tiles.shape[1], TILES_AT_ONCE),)](
-                ends_E, tiles, tiles.shape[1], num_experts, padded(num_experts), TILE_ROWS, TILES_AT_ONCE, num_warps=4
-            )
+        arguments = ends_E, tiles, tiles.shape[1], num_experts, padded(num_experts), TILE_ROWS, TILES_AT_ONCE
+        launch(_find_tiles, (pieces(tiles.shape[1], TILES_AT_ONCE),), arguments, num_warps=4)
     return tiles
 
 
@@ -123,18 +121,30 @@ def _multiply(
         return
     tiles = find_tiles(ends_E, num_rows)
     inner = INNER_BYTES // rows_RX.element_size()
-    block = 128 if rows_RX.element_size() == 2 else 32
+    block = _columns(rows_RX, gated)
     with_descriptors = _with_descriptors(rows_RX, weights_EPXY)
     rows, weights = (rows_RX, weights_EPXY)
     if with_descriptors:
         rows = TensorDescriptor.from_tensor(rows_RX, [TILE_ROWS, inner])
         weights = TensorDescriptor.from_tensor(weights_EPXY.transpose(2, 3).flatten(0, 2), [block, inner])
-    with on_device_of(rows_RX):
-        _grouped_matmul[(pieces(columns, block), tiles.shape[1])](
-            rows, weights, scale_R, tiles, out_RY, gate_up, tiles.shape[1], inner_size, columns,
-            *weights_EPXY.stride(), gated, with_descriptors, TILE_ROWS, block, inner,
-            num_warps=8, num_stages=_stages(rows_RX, (TILE_ROWS + (1 + gated) * block) * inner),
-        )  # fmt: skip
+    arguments = (
+        rows, weights, scale_R, tiles, out_RY, gate_up, tiles.shape[1], inner_size, columns, *weights_EPXY.stride(),
+        gated, with_descriptors, TILE_ROWS, block, inner,
+    )  # fmt: skip
+    launch(
+        _grouped_matmul,
+        (pieces(columns, block), tiles.shape[1]),
+        arguments,
+        num_warps=8,
+        num_stages=_stages(rows_RX, (TILE_ROWS + (1 + gated) * block) * inner),
+    )
+
+
+def _columns(rows_RX: Tensor, gated: bool) -> int:
+    """Of a program: as many as its sums leave registers for. Float32 products do not use the tensor cores."""
+    if rows_RX.element_size() != 2:
+        return 32
+    return 64 if gated and capability(rows_RX.device) < (9, 0) else 128
 
 
 def _stages(tensor: Tensor, elements: int) -> int:
@@ -219,11 +229,14 @@ def outer(left_RX: Tensor, right_RY: Tensor, ends_E: Tensor, add_to: Tensor | No
         return out
     block = 128 if left_RX.element_size() == 2 else 32
     inner = INNER_BYTES // left_RX.element_size()
-    with on_device_of(left_RX):
-        _grouped_outer[(pieces(shape[1], block), pieces(shape[0], block), num_experts)](
-            left_RX, right_RY, ends_E, out, *shape, add_to is not None, block, block, inner,
-            num_warps=8 if block == 128 else 4, num_stages=_stages(left_RX, 2 * block * inner),
-        )  # fmt: skip
+    arguments = left_RX, right_RY, ends_E, out, *shape, add_to is not None, block, block, inner
+    launch(
+        _grouped_outer,
+        (pieces(shape[1], block), pieces(shape[0], block), num_experts),
+        arguments,
+        num_warps=8 if block == 128 else 4,
+        num_stages=_stages(left_RX, 2 * block * inner),
+    )
     return out
 
 

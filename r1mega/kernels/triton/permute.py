@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1mega.kernels.triton.combine import BLOCK
-from r1mega.kernels.triton.compat import on_device_of, padded, pieces
+from r1mega.kernels.triton.compat import launch, padded, pieces
 
 TILE_TOKENS = 64
 SCANNED_AT_ONCE = 4096
@@ -32,10 +32,8 @@ def scan(tile_counts_NE: Tensor) -> tuple[Tensor, Tensor]:
     counts = tile_counts_NE.new_empty(num_experts, dtype=torch.int64)
     width = padded(num_experts)
     tiles_at_once = max(SCANNED_AT_ONCE // width, 1)
-    with on_device_of(tile_counts_NE):
-        _scan[(1,)](
-            tile_counts_NE, first_row, counts, num_tiles, num_experts, width, tiles_at_once, num_warps=8
-        )  # fmt: skip
+    arguments = tile_counts_NE, first_row, counts, num_tiles, num_experts, width, tiles_at_once
+    launch(_scan, (1,), arguments, num_warps=8)
     return first_row, counts
 
 
@@ -93,11 +91,11 @@ def permute(
     if num_tokens == 0:
         return rows, row_of_choice
     block = min(padded(width), BLOCK)
-    with on_device_of(input_TH):
-        _permute[(num_tokens, max(pieces(width, block), 1))](
-            input_TH, experts_TK, ranks_TK, first_row_NE, row_of_choice, rows, width, num_experts,
-            TILE_TOKENS if num_tiles > 1 else num_tokens, top_k, block, num_warps=4,
-        )  # fmt: skip
+    tile_tokens = TILE_TOKENS if num_tiles > 1 else num_tokens
+    arguments = (
+        input_TH, experts_TK, ranks_TK, first_row_NE, row_of_choice, rows, width, num_experts, tile_tokens, top_k, block
+    )  # fmt: skip
+    launch(_permute, (num_tokens, max(pieces(width, block), 1)), arguments, num_warps=4)
     return rows, row_of_choice
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r1mega.kernels.triton.compat import cast, on_device_of, padded, pieces
+from r1mega.kernels.triton.compat import cast, launch, padded, pieces
 
 WIDEST = 16384
 # Of the backward; each adds its rows up for the weight's gradient. A fixed number, so that every GPU adds alike.
@@ -26,10 +26,8 @@ def rms_norm(input_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Te
     out = torch.empty((num_rows, width), dtype=input_TH.dtype, device=input_TH.device)
     scale = out.new_empty(num_rows, dtype=torch.float32)
     if out.numel():
-        with on_device_of(out):
-            _rms_norm[(num_rows,)](
-                input_TH, weight_H, out, scale, input_TH.stride(0), width, eps, padded(width), num_warps=_warps(width)
-            )
+        arguments = input_TH, weight_H, out, scale, input_TH.stride(0), width, eps, padded(width)
+        launch(_rms_norm, (num_rows,), arguments, num_warps=_warps(width))
     return out, scale
 
 
@@ -61,11 +59,11 @@ def rms_norm_backward(grad_TH: Tensor, input_TH: Tensor, weight_H: Tensor, scale
     programs = pieces(num_rows, rows_of_program)
     partial = grad_TH.new_empty(programs, width, dtype=torch.float32)
     if grad_TH.numel():
-        with on_device_of(grad_TH):
-            _rms_norm_backward[(programs,)](
-                grad_TH, input_TH, weight_H, scale_T, grad_input, partial, input_TH.stride(0), num_rows, width,
-                rows_of_program, padded(width), num_warps=_warps(width),
-            )  # fmt: skip
+        arguments = (
+            grad_TH, input_TH, weight_H, scale_T, grad_input, partial, input_TH.stride(0), num_rows, width,
+            rows_of_program, padded(width),
+        )  # fmt: skip
+        launch(_rms_norm_backward, (programs,), arguments, num_warps=_warps(width))
     return grad_input, partial
 
 

@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from r1mega.kernels.route import RouteOptions
-from r1mega.kernels.triton.compat import exp, on_device_of, padded, pieces
+from r1mega.kernels.triton.compat import exp, launch, padded, pieces
 from r1mega.kernels.triton.permute import TILE_TOKENS
 
-SCORES_AT_ONCE = 8192  # of several tokens; few enough that all stay in registers
-SCORES_AT_ONCE_BACKWARD = 4096
+SCORES_AT_ONCE = 4096  # of several tokens; few enough that all stay in registers
+SCORES_AT_ONCE_BACKWARD = 2048
 TAKEN = tl.constexpr(-(2**31))
 LEFT_OUT = tl.constexpr(-2139095041)  # the integer of -infinity
 NAN = tl.constexpr(0x7FFFFFFF)
@@ -49,13 +49,12 @@ def route(
     groups, members = padded(options.num_groups), padded(num_experts // options.num_groups)
     at_once = min(max(SCORES_AT_ONCE // (groups * members), 1), TILE_TOKENS)
     if num_tokens:
-        with on_device_of(logits_TE):
-            _route[(num_tiles,)](
-                logits_TE, bias_E, experts, weights, ranks, tile_counts, tile_sums, chosen_scores, num_tokens,
-                float(options.factor), num_experts, options.top_k, padded(options.top_k), options.num_groups, groups,
-                members, options.top_k_groups, options.score_function == "softmax", options.normalize, TILE_TOKENS,
-                at_once, num_warps=16,
-            )  # fmt: skip
+        arguments = (
+            logits_TE, bias_E, experts, weights, ranks, tile_counts, tile_sums, chosen_scores, num_tokens,
+            float(options.factor), num_experts, options.top_k, padded(options.top_k), options.num_groups, groups,
+            members, options.top_k_groups, options.score_function == "softmax", options.normalize, TILE_TOKENS, at_once,
+        )  # fmt: skip
+        launch(_route, (num_tiles,), arguments, num_warps=8)
     # One row a tile, then their sum: a sum by atomic additions would differ from run to run.
     return experts, weights, ranks, tile_counts, tile_sums.sum(0), chosen_scores
 
@@ -77,10 +76,9 @@ def _scores(logits, real, SOFTMAX: tl.constexpr):
     if SOFTMAX:
         logits = tl.where(real[None, :], logits, float("-inf"))
         powers = exp(logits - tl.max(logits, 1)[:, None])
-        scores = tl.div_rn(powers, tl.broadcast_to(tl.sum(powers, 1)[:, None], powers.shape))
+        scores = tl.div_rn(powers, tl.sum(powers, 1)[:, None])
     else:
-        powers = exp(-logits)
-        scores = tl.div_rn(tl.full(powers.shape, 1.0, tl.float32), 1.0 + powers)
+        scores = tl.div_rn(1.0, 1.0 + exp(-logits))
     return tl.where(real[None, :], scores, 0.0)
 
 
@@ -98,7 +96,7 @@ def _leave_out_groups(
         of_group += _numbers(tl.max(tl.where(first, TAKEN, grouped), 2))
     group = tl.arange(0, GROUPS_PADDED)
     group_values = tl.where(group[None, :] < NUM_GROUPS, _integers(of_group), TAKEN)
-    kept = group_values != group_values
+    kept = tl.zeros(group_values.shape, tl.int1)
     for _ in tl.static_range(KEPT_GROUPS):
         best = group[None, :] == tl.argmax(group_values, 1)[:, None]
         kept = kept | best
@@ -116,7 +114,14 @@ def _route(
 ):  # fmt: skip
     MEMBERS: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
     WIDTH: tl.constexpr = GROUPS_PADDED * MEMBERS_PADDED
+    # Places are counted from the tile's first token, in 32 bits: there are many, and they are kept in registers.
     tile = tl.program_id(0).to(tl.int64)
+    tokens_left = num_tokens - tile * TILE
+    logits_TE += tile * TILE * NUM_EXPERTS
+    experts_TK += tile * TILE * TOP_K
+    weights_TK += tile * TILE * TOP_K
+    ranks_TK += tile * TILE * TOP_K
+    chosen_scores_TK += tile * TILE * TOP_K
     slot = tl.arange(0, WIDTH)
     expert = slot // MEMBERS_PADDED * MEMBERS + slot % MEMBERS_PADDED
     real = (slot // MEMBERS_PADDED < NUM_GROUPS) & (slot % MEMBERS_PADDED < MEMBERS)
@@ -124,8 +129,8 @@ def _route(
     counts = tl.zeros((WIDTH,), tl.int32)
     sums = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, TILE, AT_ONCE):
-        token = tile * TILE + start + tl.arange(0, AT_ONCE)
-        inside = token < num_tokens
+        token = start + tl.arange(0, AT_ONCE)
+        inside = token < tokens_left
         place = token[:, None] * NUM_EXPERTS + expert[None, :]
         logits = tl.load(logits_TE + place, mask=inside[:, None] & real[None, :], other=0.0)
         scores = _scores(logits, real, SOFTMAX)
@@ -150,7 +155,7 @@ def _route(
         weights = chosen
         if NORMALIZE:
             total = tl.sum(tl.where(choice[None, :] < TOP_K, chosen, 0.0), 1) + 1e-20
-            weights = tl.div_rn(chosen, tl.broadcast_to(total[:, None], chosen.shape))
+            weights = tl.div_rn(chosen, total[:, None])
         place = token[:, None] * TOP_K + choice[None, :]
         stored = inside[:, None] & (choice < TOP_K)[None, :]
         experts = slots // MEMBERS_PADDED * MEMBERS + slots % MEMBERS_PADDED
@@ -195,12 +200,11 @@ def route_backward(
         return grad_logits
     width = padded(num_experts)
     at_once = max(SCORES_AT_ONCE_BACKWARD // width, 1)
-    with on_device_of(grad_weights_TK):
-        _route_backward[(pieces(num_tokens, at_once),)](
-            grad_weights_TK, experts_TK, chosen_scores_TK, logits_TE if dense else None, grad_sums_E, grad_logits,
-            num_tokens, float(options.factor), num_experts, width, top_k, softmax, options.normalize, at_once,
-            num_warps=8,
-        )  # fmt: skip
+    arguments = (
+        grad_weights_TK, experts_TK, chosen_scores_TK, logits_TE if dense else None, grad_sums_E, grad_logits,
+        num_tokens, float(options.factor), num_experts, width, top_k, softmax, options.normalize, at_once,
+    )  # fmt: skip
+    launch(_route_backward, (pieces(num_tokens, at_once),), arguments, num_warps=8)
     return grad_logits
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r1mega.kernels.triton.compat import cast, on_device_of, padded, pieces, silu
+from r1mega.kernels.triton.compat import cast, launch, padded, pieces, silu
 
 BLOCK = 1024
 
@@ -25,10 +25,8 @@ def swiglu(gate_RF: Tensor, up_RF: Tensor, weight_R: Tensor | None = None) -> Te
     if out.numel() == 0:
         return out
     block = min(padded(width), BLOCK)
-    with on_device_of(gate_RF):
-        _swiglu[(num_rows, pieces(width, block))](
-            gate_RF, up_RF, weight_R, out, gate_RF.stride(0), width, block, num_warps=4
-        )
+    arguments = gate_RF, up_RF, weight_R, out, gate_RF.stride(0), width, block
+    launch(_swiglu, (num_rows, pieces(width, block)), arguments, num_warps=4)
     return out
 
 
@@ -68,11 +66,10 @@ def swiglu_backward(
     if gate_RF.numel() == 0:
         return grad_weight
     block = min(padded(width), BLOCK)
-    with on_device_of(gate_RF):
-        _swiglu_backward[(num_rows,)](
-            grad_RF, gate_RF, up_RF, weight_R, grad_gate_RF, grad_up_RF, grad_weight, gate_RF.stride(0), width, block,
-            num_warps=4,
-        )  # fmt: skip
+    arguments = (
+        grad_RF, gate_RF, up_RF, weight_R, grad_gate_RF, grad_up_RF, grad_weight, gate_RF.stride(0), width, block,
+    )  # fmt: skip
+    launch(_swiglu_backward, (num_rows,), arguments, num_warps=4)
     return grad_weight
 
 

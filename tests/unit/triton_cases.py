@@ -167,8 +167,8 @@ def test_rms_norm_and_its_gradients_equal_the_formula_also_on_a_part_of_each_row
 
 # tokens, experts, choices, groups, kept groups
 ROUTES = [
-    (0, 8, 2, 1, 1), (1, 1, 1, 1, 1), (64, 8, 8, 4, 4), (65, 60, 6, 4, 2), (130, 33, 16, 3, 2), (70, 256, 8, 8, 4),
-    (9, 12, 2, 12, 5), (20, 384, 8, 12, 4),
+    (0, 8, 2, 1, 1), (1, 1, 1, 1, 1), (64, 8, 8, 4, 4), (65, 60, 6, 4, 2), (130, 33, 5, 3, 2), (67, 256, 8, 8, 4),
+    (9, 12, 2, 12, 5), (20, 384, 16, 12, 4),
 ]  # fmt: skip
 
 
@@ -199,9 +199,9 @@ def assert_routed(logits: Tensor, bias: Tensor | None, options: RouteOptions) ->
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("size", ROUTES, ids=str)
 def test_route_decides_exactly_as_the_reference(size, ties):
-    for seed, function in enumerate(FUNCTIONS):
+    for seed, function in enumerate(FUNCTIONS[ties::2]):
         logits, bias, options = route_case(size, function, ties, seed)
-        assert_routed(logits, bias if seed % 2 == 0 else None, options)
+        assert_routed(logits, bias if seed == ties else None, options)
 
 
 @pytest.mark.parametrize("num_groups", [1, 4])
@@ -242,7 +242,7 @@ def test_the_gradient_of_route_is_the_reference_s(function, sums):
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 64, 200])
+@pytest.mark.parametrize("num_tokens", [0, 1, 64, 130])
 @pytest.mark.parametrize("num_experts, top_k, width, dtype", [(5, 3, 7, torch.bfloat16), (60, 4, 1, torch.float64)])
 def test_rows_are_sorted_by_expert_and_within_an_expert_by_token(num_tokens, num_experts, top_k, width, dtype):
     experts = chosen(num_tokens, top_k, num_experts)
@@ -323,14 +323,16 @@ def test_gate_up_and_swiglu_in_one_kernel_equal_the_two(counts, hidden, width, d
         monkeypatch.setattr(grouped, "capability", lambda device: (9, 0) if descriptors else (8, 0))
     rows, scale = random(sum(counts), hidden, dtype=dtype), random(sum(counts))
     weights = random(len(counts), 2, width, hidden, dtype=dtype)
-    for given in (scale, None):
-        out, gate_up = grouped.gate_up_swiglu(rows, weights, given, ends_of(counts))
-        expected = products(rows.double(), weights.double().flatten(1, 2).transpose(1, 2), counts)
-        assert_rounded(gate_up, expected, size=40)
-        gate, up = expected.chunk(2, dim=1)
-        wanted = torch.nn.functional.silu(gate) * up * (1 if given is None else given.double().unsqueeze(1))
-        assert_rounded(out, wanted, size=400)
-    assert grouped.gate_up_swiglu(rows, weights, scale, ends_of(counts), keep=False)[1] is None
+    expected = products(rows.double(), weights.double().flatten(1, 2).transpose(1, 2), counts)
+    gate, up = expected.chunk(2, dim=1)
+    gated = torch.nn.functional.silu(gate) * up
+    out, gate_up = grouped.gate_up_swiglu(rows, weights, scale, ends_of(counts))
+    assert gate_up is not None
+    assert_rounded(gate_up, expected, size=40)
+    assert_rounded(out, gated * scale.double().unsqueeze(1), size=400)
+    out, gate_up = grouped.gate_up_swiglu(rows, weights, None, ends_of(counts), keep=False)
+    assert gate_up is None
+    assert_rounded(out, gated, size=400)
 
 
 @pytest.mark.parametrize("on_device", [False, True])

@@ -129,11 +129,11 @@ def resources(kernel: JITFunction, bound: dict, options: dict, capability: int) 
 def main() -> None:
     capabilities = [int(argument) for argument in sys.argv[1:]]
     launches = {capability: record(capability) for capability in capabilities}
-    found = {
+    kernels = {
         capability: {name: resources(*launch, capability) for name, launch in of_one.items()}
         for capability, of_one in launches.items()
     }
-    json.dump(found, sys.stdout, indent=1)
+    json.dump({"version": triton.__version__, "kernels": kernels}, sys.stdout, indent=1)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ $(INSTALLED): $(REQUIREMENTS)
 	@echo "setup 3/4: other requirements"
 	@$(PIP) --requirement requirements/torch.txt --requirement requirements/runtime.txt --requirement requirements/dev.txt --constraint requirements/lock.txt
 	@$(PIP) --no-deps --requirement requirements/solver.txt
+	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("triton"))' || $(PIP) --no-deps --requirement requirements/triton.txt
 	@touch $@
 
 $(BUILT): $(INSTALLED) setup.py r1mega/__init__.py $(NATIVE)

@@ -185,7 +185,8 @@ def floors(tokens: int, hidden: int, experts: int, top_k: int, element_bytes: in
 def stages(p: Problem) -> dict[str, tuple[list[Work], list[Work]]]:
     """Of each stage the kernels, one call for each set of inputs, and the same in PyTorch's operations."""
     from r1mega.kernels import cuda
-    from r1mega.kernels.permute import combine, reference_copy_rows, reference_sum_rows
+    from r1mega.kernels.combine import combine
+    from r1mega.kernels.permute import reference_copy_rows, reference_sum_rows
     from r1mega.kernels.route import reference_rank_choices, reference_route
 
     of_tiles = [cuda.route(logits, p.bias, p.options) for logits in p.logits]
@@ -227,7 +228,8 @@ def waits(p: Problem) -> None:
     """One forward and backward; raises :class:`Failed` where an operation waits for the GPU."""
     import torch
 
-    from r1mega.kernels.permute import combine, permute
+    from r1mega.kernels.combine import combine
+    from r1mega.kernels.permute import permute
     from r1mega.kernels.route import route
 
     logits, x = p.logits[0].clone().requires_grad_(), p.x[0].clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Moving token rows to expert order and back: ``permute`` and ``combine``, each the other's backward.
+"""Copying token rows to expert order. Its backward sums the rows of each token, as ``combine`` does.
 
 The rows of an expert stand together, experts in order, in the order of the tokens. The row of a choice is ``first row
 of its tile and expert + rank`` (``r1mega.kernels.route``): no sort, and the kernels compute it inside the copy.
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1mega.kernels import cuda, native
+from r1mega.kernels import cuda, native, triton
+from r1mega.kernels.fake import is_fake
 from r1mega.kernels.route import TILE_TOKENS, first_rows
 
 
@@ -72,11 +73,6 @@ def permute(
     return rows, weights, row_map
 
 
-def combine(rows_RH: Tensor, row_map: RowMap) -> Tensor:
-    """Sum the routed rows of each token: ``[R, H] -> [T, H]``; a token without rows gets zeros."""
-    return _Combine.apply(rows_RH, row_map)
-
-
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_TH, weights_TK, experts_TK, ranks_TK, first_row_NE, row_map):
@@ -98,17 +94,6 @@ class _Permute(torch.autograd.Function):
         return grad_input, grad_weights, None, None, None, None
 
 
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_RH, row_map):
-        ctx.row_map = row_map
-        return _sum_rows(rows_RH, row_map)
-
-    @staticmethod
-    def backward(ctx, grad_TH):
-        return _copy_rows(grad_TH, ctx.row_map), None
-
-
 def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_NE: Tensor, row_map: RowMap) -> Tensor:
     """Copy the rows, and fill ``row_map.row_of_choice``."""
     num_tiles, num_experts = first_row_NE.shape
@@ -120,8 +105,13 @@ def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_N
             native.streams(out, row_bytes),
         )  # fmt: skip
         return out
+    on_gpu = None
     if cuda.takes(input_TH, experts_TK, ranks_TK, first_row_NE):
-        rows, row_map.row_of_choice = cuda.permute(
+        on_gpu = cuda.permute
+    elif triton.takes(input_TH):
+        from r1mega.kernels.triton.permute import permute as on_gpu
+    if on_gpu is not None:
+        rows, row_map.row_of_choice = on_gpu(
             input_TH, experts_TK.contiguous(), ranks_TK.contiguous(), first_row_NE.contiguous(), row_map.num_rows,
             row_map.padded,
         )  # fmt: skip
@@ -157,15 +147,21 @@ def _rows_for(input_TH: Tensor, row_map: RowMap) -> tuple[Tensor, int]:
 
 
 def _copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
-    input_TH = input_TH.contiguous()
-    if not native.takes(input_TH):
-        if cuda.takes(input_TH):
-            return cuda.copy_rows(input_TH, row_map.row_of_choice, row_map.num_rows, row_map.padded)
-        return reference_copy_rows(input_TH, row_map)
-    out, row_bytes = _rows_for(input_TH, row_map)
     rows = row_map.row_of_choice
-    native.call("copy_rows", None, input_TH, rows, out, *rows.shape, row_bytes, native.streams(out, row_bytes))
-    return out
+    if native.takes(input_TH):
+        input_TH = input_TH.contiguous()
+        out, row_bytes = _rows_for(input_TH, row_map)
+        native.call("copy_rows", None, input_TH, rows, out, *rows.shape, row_bytes, native.streams(out, row_bytes))
+        return out
+    if is_fake(input_TH):
+        return input_TH.new_empty(row_map.num_rows, input_TH.shape[1])
+    if cuda.takes(input_TH):
+        return cuda.copy_rows(input_TH.contiguous(), rows.contiguous(), row_map.num_rows, row_map.padded)
+    if triton.takes(input_TH):
+        from r1mega.kernels.triton.combine import copy_rows
+
+        return copy_rows(input_TH.contiguous(), rows.contiguous(), row_map.num_rows, row_map.padded)
+    return reference_copy_rows(input_TH, row_map)
 
 
 def reference_copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
@@ -183,26 +179,34 @@ def reference_copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
 
 
 def _sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:
-    if not native.takes(rows_RH):
-        return reference_sum_rows(rows_RH, row_map)
-    rows_RH = rows_RH.contiguous()
     num_tokens, top_k = row_map.row_of_choice.shape
-    out = native.empty((num_tokens, rows_RH.shape[1]), rows_RH)
-    native.call("sum_rows", rows_RH, rows_RH, row_map.row_of_choice, out, num_tokens, top_k, rows_RH.shape[1])
-    return out
+    if native.takes(rows_RH):
+        rows_RH = rows_RH.contiguous()
+        out = native.empty((num_tokens, rows_RH.shape[1]), rows_RH)
+        native.call("sum_rows", rows_RH, rows_RH, row_map.row_of_choice, out, num_tokens, top_k, rows_RH.shape[1])
+        return out
+    if is_fake(rows_RH):
+        return rows_RH.new_empty(num_tokens, rows_RH.shape[1])
+    if triton.takes(rows_RH):
+        from r1mega.kernels.triton.combine import sum_rows
+
+        return sum_rows(rows_RH.contiguous(), row_map.row_of_choice.contiguous())
+    return reference_sum_rows(rows_RH, row_map)
 
 
-def reference_sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:
-    """Row t of the result is the sum of the rows that the choices of token t own."""
+def reference_sum_rows(rows_RH: Tensor, row_map: RowMap, weights_TK: Tensor | None = None) -> Tensor:
+    """Row t of the result is the sum of the rows that the choices of token t own, each times its weight."""
     rows = row_map.row_of_choice
     # embedding_bag sums without writing the gathered rows; it wants one row at least.
     if rows_RH.shape[0] == 0 or rows.numel() == 0:
         return rows_RH.new_zeros(rows.shape[0], rows_RH.shape[1])
+    rows_RH = rows_RH.contiguous()
     if not row_map.dropped:
-        return F.embedding_bag(rows, rows_RH.contiguous(), mode="sum")
+        return F.embedding_bag(rows, rows_RH, mode="sum", per_sample_weights=weights_TK)
     kept = rows >= 0
-    kept_of_token = kept.sum(1)
-    return F.embedding_bag(rows[kept], rows_RH.contiguous(), kept_of_token.cumsum(0) - kept_of_token, mode="sum")
+    first = kept.sum(1).cumsum(0) - kept.sum(1)
+    weights = None if weights_TK is None else weights_TK[kept]
+    return F.embedding_bag(rows[kept], rows_RH, first, mode="sum", per_sample_weights=weights)
 
 
 class _Reorder(torch.autograd.Function):

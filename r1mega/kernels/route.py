@@ -20,11 +20,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from r1mega.kernels import cuda, native
+from r1mega.kernels import cuda, native, triton
 
 TILE_TOKENS = cuda.TILE_TOKENS
 
@@ -96,8 +97,9 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions, with_
         return Choices(
             experts, weights, ranks, counts, first_row, partial(score_sums, scores), scores if with_scores else None
         )
-    if cuda.takes_route(logits_TE, bias_E, options):
-        experts, weights, ranks, counts, first_row, sums = _RouteOnGPU.apply(logits_TE, bias_E, options)
+    kernels = _gpu_kernels(logits_TE, bias_E, options)
+    if kernels is not None:
+        experts, weights, ranks, counts, first_row, sums = _RouteOnGPU.apply(logits_TE, bias_E, options, kernels)
         scores = _scores(logits_TE, options) if with_scores else None
         return Choices(experts, weights, ranks, counts, first_row, lambda: sums, scores)
     return reference_route(logits_TE, bias_E, options, with_scores)
@@ -175,6 +177,20 @@ def _scores(logits_TE: Tensor, options: RouteOptions) -> Tensor:
     return logits_TE.sigmoid() if options.score_function == "sigmoid" else logits_TE.softmax(dim=-1)
 
 
+def _gpu_kernels(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions) -> ModuleType | None:
+    """The kernels that run for these on a GPU: CUDA's, then Triton's."""
+    if cuda.takes_route(logits_TE, bias_E, options):
+        return cuda
+    num_tokens, num_experts = logits_TE.shape
+    whole_groups = num_experts % options.num_groups == 0 and 0 < options.top_k_groups <= options.num_groups
+    fits = num_tokens > 0 and 0 < options.top_k <= num_experts and whole_groups
+    if not fits or logits_TE.dtype != torch.float32 or not triton.takes(logits_TE, bias_E):
+        return None
+    from r1mega.kernels.triton import route as kernels
+
+    return kernels
+
+
 def _fits(options: RouteOptions, num_experts: int) -> bool:
     """Whether the kernel's loops stay inside its arrays."""
     assert native.library is not None
@@ -221,16 +237,24 @@ class _Route(torch.autograd.Function):
 
 
 class _RouteOnGPU(torch.autograd.Function):
-    """Keeps the chosen experts and their scores; the logits only where the gradient needs all scores."""
+    """Keeps the chosen experts and their scores; the logits only where the gradient needs all scores.
+
+    ``kernels`` is a module with ``route``, ``route_backward`` and ``needs_logits``.
+    """
 
     @staticmethod
-    def forward(ctx, logits, bias, options):
+    def forward(ctx, logits, bias, options, kernels):
         logits = logits.contiguous()
         bias = None if bias is None else bias.contiguous()
-        experts, weights, ranks, tile_counts, tile_sums, chosen_scores = cuda.route(logits, bias, options)
-        first_row, counts, sums = cuda.scan(tile_counts, tile_sums)
-        ctx.save_for_backward(experts, chosen_scores, logits if cuda.needs_logits(options) else None)
-        ctx.options, ctx.num_experts = options, logits.shape[1]
+        experts, weights, ranks, tile_counts, sums, chosen_scores = kernels.route(logits, bias, options)
+        if kernels is cuda:
+            first_row, counts, sums = cuda.scan(tile_counts, sums)
+        else:
+            from r1mega.kernels.triton.permute import scan
+
+            first_row, counts = scan(tile_counts)
+        ctx.save_for_backward(experts, chosen_scores, logits if kernels.needs_logits(options) else None)
+        ctx.options, ctx.num_experts, ctx.kernels = options, logits.shape[1], kernels
         ctx.mark_non_differentiable(experts, ranks, counts, first_row, sums)
         ctx.set_materialize_grads(False)
         return experts, weights, ranks, counts, first_row, sums
@@ -238,7 +262,7 @@ class _RouteOnGPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _experts, grad_weights, *_others):
         if grad_weights is None:
-            return None, None, None
+            return None, None, None, None
         experts, chosen_scores, logits = ctx.saved_tensors
         given = grad_weights.contiguous(), experts, chosen_scores, ctx.num_experts, ctx.options, logits
-        return cuda.route_backward(*given), None, None
+        return ctx.kernels.route_backward(*given), None, None, None

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1mega.collectives import all_gather
-from r1mega.kernels.permute import RowMap, combine, permute, reorder
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import RowMap, permute, reorder
 from r1mega.moe.collectives import Route, ToExperts, ToTokens
 from r1mega.moe.router import Routing
 from r1mega.pipeline.exchange import exchange_at_once

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from r1mega.kernels import cuda
-from r1mega.kernels.permute import combine, permute
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import permute
 from r1mega.kernels.route import TILE_TOKENS, Choices, RouteOptions, reference_route, route
 
 # tokens, experts, choices, groups, kept groups

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from r1mega.kernels import cuda
-from r1mega.kernels.permute import combine, permute
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import permute
 from r1mega.kernels.route import (
     TILE_TOKENS,
     Choices,

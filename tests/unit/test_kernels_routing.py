@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from r1mega.kernels import native
-from r1mega.kernels.permute import combine, permute
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import permute
 from r1mega.kernels.route import (
     RouteOptions,
     rank_choices,
@@ -172,7 +173,31 @@ def test_permute_and_combine_pass_gradcheck(implementation, kind):
     times = (experts < 5).sum(1, keepdim=True)
     torch.testing.assert_close(combine(rows, row_map), times * x)
     assert gradcheck(lambda x, weights: permuted(x, weights, experts, 5, **DROPS[kind])[:2], (x, weights))
-    assert gradcheck(lambda rows: combine(rows, row_map), (rows.detach().requires_grad_(),))
+    rows = rows.detach().requires_grad_()
+    assert gradcheck(lambda rows: combine(rows, row_map), (rows,))
+    expected = sum_of_weighted_rows(rows, weights, row_map.row_of_choice)
+    torch.testing.assert_close(combine(rows, row_map, weights), expected)
+    assert gradcheck(lambda rows, weights: combine(rows, row_map, weights), (rows, weights))
+
+
+def sum_of_weighted_rows(rows: Tensor, weights: Tensor, row_of_choice: Tensor) -> Tensor:
+    out = rows.new_zeros(weights.shape[0], rows.shape[1])
+    for token, choice in itertools.product(*map(range, weights.shape)):
+        if row_of_choice[token, choice] >= 0:
+            out[token] += weights[token, choice] * rows[row_of_choice[token, choice]]
+    return out
+
+
+def test_weighted_rows_are_summed_in_the_wider_type_and_unused_weights_do_not_count(implementation):
+    experts = chosen(9, 3, 5)
+    experts[5, 1] = 5
+    _, _, row_map = permuted(random(9, 4), random(9, 3), experts, 5, may_drop=True)
+    rows, weights = random(row_map.num_rows, 4, dtype=torch.bfloat16), random(9, 3, dtype=torch.float32)
+    expected = sum_of_weighted_rows(rows.float(), weights, row_map.row_of_choice).bfloat16()
+    weights[5, 1] = math.nan
+    out = combine(rows, row_map, weights)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=4e-3, atol=1e-6)
 
 
 def test_padding_rows_are_zero_and_so_are_their_weights(implementation):

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1mega.kernels import triton
+from r1mega.kernels import cuda, triton
+from r1mega.kernels import permute as permute_operation
+from r1mega.kernels import route as route_operation
 from r1mega.kernels.combine import combine
 from r1mega.kernels.grouped_swiglu import grouped_swiglu
 from r1mega.kernels.linear import grouped_linear
 from r1mega.kernels.permute import RowMap, find_rows
 from r1mega.kernels.rms_norm import rms_norm
-from r1mega.kernels.route import RouteOptions, rank_choices, reference_route
+from r1mega.kernels.route import RouteOptions, first_rows, rank_choices, reference_route
 from r1mega.kernels.swiglu import swiglu, weighted_swiglu
 from r1mega.kernels.triton import combine as combine_kernels
 from r1mega.kernels.triton import grouped, permute, route
@@ -52,7 +54,7 @@ def map_of(experts_TK: Tensor, num_experts: int, padding: int = 0) -> RowMap:
     num_rows = int(counts.sum()) + padding
     dropped = bool((experts_TK == num_experts).any())
     row_map = RowMap(torch.empty_like(experts_TK), num_rows, dropped, padding > 0)
-    find_rows(experts_TK, ranks, counts.cumsum(0) - counts, row_map)
+    find_rows(experts_TK, ranks, first_rows(counts).unsqueeze(0), row_map)
     return row_map
 
 
@@ -182,7 +184,7 @@ def route_case(size, function, ties=False, seed=0) -> tuple[Tensor, Tensor, Rout
 
 def assert_routed(logits: Tensor, bias: Tensor | None, options: RouteOptions) -> None:
     experts, weights, ranks, tile_counts, sums, scores = route.route(logits, bias, options)
-    expected = reference_route(logits, bias, options)
+    expected = reference_route(logits, bias, options, with_scores=True)
     assert torch.equal(experts, expected.experts_TK)
     torch.testing.assert_close(weights, expected.weights_TK, rtol=1e-6, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(scores, expected.scores_TE.gather(1, experts), rtol=1e-6, atol=0, equal_nan=True)
@@ -227,7 +229,7 @@ def test_the_gradient_of_route_is_the_reference_s(function, sums):
     for size in ROUTES[:5]:
         logits, bias, options = route_case(size, function)
         wide = logits.double().requires_grad_()
-        expected = reference_route(wide, bias.double(), options)
+        expected = reference_route(wide, bias.double(), options, with_scores=True)
         grad_weights = random(*expected.weights_TK.shape, seed=5)
         grad_sums = random(size[1], seed=6) if sums else None
         loss = (expected.weights_TK * grad_weights).sum()
@@ -384,3 +386,24 @@ def test_the_same_bits_twice():
         grads = combine_kernels.weighted_backward(out, rows, row_of_choice, weights)
         results.append((experts, weights, sums, counts, out, *grads))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS[:3], ids=str)
+def test_route_and_permute_run_these_kernels_and_their_gradients(function, monkeypatch):
+    monkeypatch.setattr(cuda, "library", None)
+    results = []
+    for used in (triton.takes, lambda *tensors: False):
+        monkeypatch.setattr(triton, "takes", used)
+        logits, _, options = route_case((70, 12, 3, 4, 2), function)
+        logits, x = (logits * 4).round().div(4).requires_grad_(), random(70, 8).requires_grad_()
+        choices = route_operation.route(logits, None, options)
+        assert choices.first_row_NE.shape[0] == (1 if results else 2)  # the reference has one tile
+        decided = choices.experts_TK, choices.ranks_TK, choices.counts_E
+        rows, weights, row_map = permute_operation.permute(
+            x, choices.weights_TK, *decided, first_row_NE=choices.first_row_NE
+        )
+        out = (rows.square() * weights.unsqueeze(1)).sum()
+        gradients = torch.autograd.grad(out, (x, logits))
+        results.append((rows, weights, row_map.row_of_choice, choices.counts_E, choices.score_sums_E, *gradients))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1mega.collectives import all_gather
-from r1mega.kernels.permute import RowMap, combine, permute, reorder
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import RowMap, permute, reorder
 from r1mega.moe.collectives import Route, ToExperts, ToTokens
 from r1mega.moe.router import Routing
 from r1mega.pipeline.exchange import exchange_at_once
@@ -84,8 +85,9 @@ class AllToAllDispatcher:
         """
         counts = routing.counts_E
         rows, weights, row_map = permute(
-            hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, counts, may_drop, padded_capacity
-        )
+            hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, counts, may_drop, padded_capacity,
+            routing.first_row_NE,
+        )  # fmt: skip
         if padded_capacity is not None:
             counts = torch.full_like(counts, padded_capacity)
         return Dispatch(rows, weights, row_map, counts)

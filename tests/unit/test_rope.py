@@ -38,7 +38,11 @@ def test_the_kernel_equals_the_reference_for_dense_inputs_and_for_parts_of_wider
     for batch, length, heads, dim in ((2, 5, 3, 6), (1, 7, 1, 64), (3, 1, 2, 2), (0, 4, 2, 8)):
         cos, sin = (torch.randn(length, dim // 2, generator=generator, dtype=dtype) for _ in range(2))
         wide = torch.randn(batch, length, heads, dim + 4, generator=generator, dtype=dtype)
-        for x in (wide[..., 4:], wide[..., 4:].contiguous(), wide[..., :dim].transpose(0, 1).contiguous().transpose(0, 1)):
+        for x in (
+            wide[..., 4:],
+            wide[..., 4:].contiguous(),
+            wide[..., :dim].transpose(0, 1).contiguous().transpose(0, 1),
+        ):
             leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
             out = rotate(leaf, cos, sin, interleaved)
             expected = reference_turn(x, cos, sin, interleaved, False, back=False)

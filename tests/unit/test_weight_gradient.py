@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
+from r1mega.pipeline.actions import Table
+from r1mega.pipeline.executor import PipelineExecutor, StageOutput
 from r1mega.pipeline.weight_gradient import WeightGradientStore, split_weight_gradients
 
 
@@ -110,3 +113,32 @@ def test_a_tied_weight_collects_both_gradients() -> None:
     for module in (model, reference):
         module(torch.tensor([1, 2, 2])).square().sum().backward()
     torch.testing.assert_close(model[0].weight.grad, reference[0].weight.grad)
+
+
+class CheckpointedStage(nn.Module):
+    """Two linear layers under torch's checkpoint, which computes them again inside the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+    def forward(self, activations: tuple[Tensor, ...], microbatch: Tensor) -> StageOutput:
+        output = checkpoint(self.layers, microbatch.requires_grad_(), use_reentrant=False)
+        return StageOutput(losses=(output.square().sum(),))
+
+
+@pytest.mark.parametrize("row", ["0F0,0F1,0B0,0I1,0W1,0R", "0F0,0F1,0I1,0B0,0W1,0R", "0F0,0I0,0F1,0B1,0W0,0R"])
+def test_a_stage_may_have_whole_and_split_backwards_with_checkpoints_inside(row: str) -> None:
+    torch.manual_seed(0)
+    stage = CheckpointedStage()
+    expected = copy.deepcopy(stage)
+    microbatches = [torch.randn(4, 3), torch.randn(6, 3)]
+    for microbatch in microbatches:
+        expected((), microbatch.clone()).losses[0].backward()
+    executor = PipelineExecutor(Table.from_csv(row), {0: stage}, None)
+    for _ in range(2):  # the second time gradients are there already
+        for parameter in stage.parameters():
+            parameter.grad = None
+        executor.run([microbatch.clone() for microbatch in microbatches])
+        for mine, other in zip(stage.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)

@@ -381,6 +381,13 @@ def test_a_store_gets_the_weight_gradient_of_every_microbatch():
         torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-5, atol=1e-4)
 
 
+def test_a_rank_without_rows_gets_weight_gradients_of_zero():
+    x, weights, scale = random(0, 16).requires_grad_(), random(3, 2, 8, 16).requires_grad_(), random(0).requires_grad_()
+    out = grouped_swiglu(x, weights, scale, torch.zeros(3, dtype=torch.int64, device=DEVICE))
+    gradients = torch.autograd.grad(out.sum(), (x, weights, scale))
+    assert out.shape == (0, 8) and gradients[0].shape == (0, 16) and (gradients[1] == 0).all()
+
+
 def test_the_same_bits_twice():
     results = []
     for _ in range(2):

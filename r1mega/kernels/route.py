@@ -17,7 +17,7 @@ E experts, K choices a token, G groups of experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
@@ -170,7 +170,7 @@ def _rank_on_gpu(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return ranks.add_(of_earlier_tiles[places(experts_TK, first_row.shape)]), counts
 
 
-def places(experts_TK: Tensor, shape: tuple[int, int]) -> Tensor:
+def places(experts_TK: Tensor, shape: Sequence[int]) -> Tensor:
     """Where each choice's tile and expert are in a flattened tensor of ``shape`` [N, E]; a dropped one's is any."""
     num_tiles, num_experts = shape
     inside = experts_TK.clamp(max=num_experts - 1)

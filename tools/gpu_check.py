@@ -13,8 +13,9 @@ It needs an NVIDIA GPU, torch and nvcc; not pytest, not pybind11, no network and
            is an error
 4. times   each stage and what it is made of in PyTorch's operations. A stage runs many times in one CUDA graph, in turn
            on inputs that together are several times the cache, so that they come from memory (a router finds its logits
-           in the cache, though: `route in cache`); `eager` is the same with launches from Python. The floor is the fewest bytes that a stage can move; `of copy` is which part of the
-           bandwidth of a plain copy, measured here, that amounts to.
+           in the cache, though: `route in cache`); `eager` is the same with launches from Python. The floor is the
+           fewest bytes that a stage can move; `of copy` is which part of the bandwidth of a plain copy, measured here,
+           that amounts to.
 
 The file has the device, the date, all versions, sizes, times and fractions. It is written whole, at the end, and only
 if all tests passed. Exit status: 0 all is well, 1 a build or a test failed, 2 something is missing here (one line says
@@ -149,7 +150,7 @@ class Problem:
         from r1mega.kernels.route import RouteOptions, route
 
         self.tokens, self.hidden, self.num_experts, self.top_k = tokens, hidden, experts, top_k
-        self.options = RouteOptions(top_k, "sigmoid", groups, kept_groups, True, 2.5)
+        self.options = RouteOptions(top_k, "sigmoid", groups, min(kept_groups, groups), True, 2.5)
         generator = torch.Generator("cuda").manual_seed(0)
         draw = lambda *shape: torch.randn(*shape, generator=generator, device="cuda")  # noqa: E731
         cache = torch.cuda.get_device_properties(0).L2_cache_size

@@ -1,5 +1,5 @@
-// One pass over the router's logits: scores, group-limited choice, weights, and for each tile of 64 tokens how often each
-// expert was chosen, the rank of each choice among those of its expert, and the sums of the scores.
+// One pass over the router's logits: scores, group-limited choice, weights, and for each tile of 64 tokens how often
+// each expert was chosen, the rank of each choice among those of its expert, and the sums of the scores.
 // r1mega/kernels/route.py says what each of them is. Nothing depends on the order in which threads run.
 //
 // A block has a tile, a warp a token at a time. Each group of experts has the same number of lanes, a power of two, and
@@ -15,12 +15,12 @@ struct RouteArguments {
   int num_tokens, num_experts, top_k, num_groups, top_k_groups;
   bool softmax, normalize;
   float factor;
-  int64_t* experts;         // [T, K], best first
-  float* weights;           // [T, K]
-  int64_t* ranks;           // [T, K], inside the tile
-  int32_t* tile_counts;     // [N, E]
-  float* tile_score_sums;   // [N, E], of scores divided by their token's sum
-  float* chosen_scores;     // [T, K], for the backward
+  int64_t* experts;        // [T, K], best first
+  float* weights;          // [T, K]
+  int64_t* ranks;          // [T, K], inside the tile
+  int32_t* tile_counts;    // [N, E]
+  float* tile_score_sums;  // [N, E], of scores divided by their token's sum
+  float* chosen_scores;    // [T, K], for the backward
 };
 
 // How the experts are spread over a warp's lanes.

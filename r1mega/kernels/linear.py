@@ -123,12 +123,10 @@ class Rows:
     @classmethod
     def of(cls, input_RI: Tensor, counts: Counts) -> Rows:
         """The rows of an operation on ``input_RI``."""
-        on_host = input_RI.device.type == "cpu" and not triton.takes(input_RI) and not is_fake(input_RI)
-        if on_host:
+        if input_RI.device.type == "cpu" and not is_fake(input_RI) and not triton.takes(input_RI):
             return cls(counts.tolist() if isinstance(counts, Tensor) else counts)
-        if not isinstance(counts, Tensor):
-            counts = torch.tensor(counts, device=input_RI.device)
-        return cls(None, counts.cumsum(0, dtype=torch.int32))
+        counts_E = torch.as_tensor(counts, device=input_RI.device)
+        return cls(None, counts_E.cumsum(0, dtype=torch.int32))
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -165,7 +163,7 @@ def gradients(ctx, grad_RO: Tensor, input_RI: Tensor) -> tuple[Tensor | None, Te
 
 def _multiply(rows_RX: Tensor, weights_EXY: Tensor, rows: Rows) -> Tensor:
     """``rows @ weights[e]`` for each group of rows."""
-    if is_fake(rows_RX):
+    if is_fake(rows_RX) or rows_RX.shape[0] == 0:
         return rows_RX.new_empty(rows_RX.shape[0], weights_EXY.shape[2])
     if rows.ends is not None:
         if _by_triton(rows_RX, weights_EXY):
@@ -186,6 +184,8 @@ def _add_weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows
     if weight.grad is None:
         weight.grad = like_parameter(_weight_gradient(weight, grad_RO, input_RI, rows), weight)
         return
+    if grad_RO.shape[0] == 0:
+        return
     gradient_EOI = local(weight.grad).flatten(1, -2)
     if rows.ends is not None:
         if _by_triton(grad_RO, input_RI) and gradient_EOI.is_contiguous():
@@ -203,8 +203,8 @@ def _add_weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows
 
 def _weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows: Rows) -> Tensor:
     """The weight gradient of one microbatch, in the shape of ``weight``'s local shard."""
-    if is_fake(grad_RO):
-        return torch.empty_like(local(weight))
+    if is_fake(grad_RO) or grad_RO.shape[0] == 0:
+        return torch.zeros_like(local(weight))
     if rows.ends is not None:
         return _products(grad_RO, input_RI, rows.ends).view(local(weight).shape)
     assert rows.counts is not None

@@ -33,6 +33,8 @@ def test_grouped_linear_is_a_product_an_expert_with_empty_experts_allowed():
     torch.testing.assert_close(grouped_linear(x, w, counts), expected)
     torch.testing.assert_close(grouped_linear(x, w, torch.tensor(counts)), expected)
     assert gradcheck(lambda x, w: grouped_linear(x, w, counts), (x, w))
+    nothing = torch.autograd.grad(grouped_linear(x[:0], w, [0] * 4).sum(), (x, w))
+    assert all((gradient == 0).all() for gradient in nothing)
 
 
 def test_several_products_of_one_input_equal_them_one_by_one():

@@ -218,9 +218,8 @@ def test_nan_and_infinite_logits_and_equal_scores_are_chosen_as_the_reference_do
     logits[5] = 0.0
     options = RouteOptions(3, function, num_groups, num_groups // 2 or 1)
     assert_routed(logits, None, options)
-    assert_routed(logits, torch.tensor([0.25, -0.0, 0.0, -0.25] * 2, device=DEVICE), options)
-    negative_zero = torch.zeros(1, 8, device=DEVICE), torch.full((8,), -0.5, device=DEVICE)
-    assert_routed(*negative_zero, RouteOptions(2))
+    for bias in ([0.25, -0.0, 0.0, -0.25] * 2, [-0.5] * 8, [0.0] * 6 + [-math.nan, 0.0], [0.0] * 7 + [-math.inf]):
+        assert_routed(logits, torch.tensor(bias, device=DEVICE), options)
 
 
 @pytest.mark.parametrize("sums", [False, True])
@@ -242,6 +241,15 @@ def test_the_gradient_of_route_is_the_reference_s(function, sums):
         needed = logits if sums or route.needs_logits(options) else None
         actual = route.route_backward(*given, needed, grad_sums)
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_row_of_each_tile_comes_after_the_tiles_and_experts_before_it(monkeypatch):
+    monkeypatch.setattr(permute, "SCANNED_AT_ONCE", 128)  # two tiles
+    for num_tiles in (1, 7):
+        tile_counts = random(num_tiles, 60).abs().mul(3).int()
+        first_row, counts = permute.scan(tile_counts)
+        before = tile_counts.t().flatten().cumsum(0) - tile_counts.t().flatten()
+        assert torch.equal(first_row, before.view(60, num_tiles).t()) and torch.equal(counts, tile_counts.sum(0))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 64, 130])
@@ -373,6 +381,13 @@ def test_a_store_gets_the_weight_gradient_of_every_microbatch():
         loss(store).backward()
     for parameter, gradient in zip((weights, down), expected, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-5, atol=1e-4)
+
+
+def test_a_rank_without_rows_gets_weight_gradients_of_zero():
+    x, weights, scale = random(0, 16).requires_grad_(), random(3, 2, 8, 16).requires_grad_(), random(0).requires_grad_()
+    out = grouped_swiglu(x, weights, scale, torch.zeros(3, dtype=torch.int64, device=DEVICE))
+    gradients = torch.autograd.grad(out.sum(), (x, weights, scale))
+    assert out.shape == (0, 8) and gradients[0].shape == (0, 16) and (gradients[1] == 0).all()
 
 
 def test_the_same_bits_twice():

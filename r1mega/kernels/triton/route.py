@@ -1,7 +1,8 @@
 """Routing in one pass over the logits: experts, weights, ranks inside a tile of tokens, counts and sums of scores.
 
 What is chosen is defined in ``r1mega.kernels.route``, ties and NaN included. To compare as it says, numbers become
-integers of the same order (NaN the greatest, -0 equal to 0); an expert that is taken becomes the least of all.
+integers of the same order, NaN the greatest; an expert that is taken becomes the least of all. (There is no -0: scores
+are not negative, and 0 plus a bias of -0 is 0.)
 
 A program does one tile of :data:`TILE_TOKENS` tokens, some at a time and in order, so that a rank is the number of
 earlier tokens of the tile that chose the same expert (the experts of one token differ). Groups are padded to a power of
@@ -61,7 +62,7 @@ def route(
 
 @triton.jit
 def _integers(numbers):
-    bits = tl.where(numbers == 0, 0.0, numbers).to(tl.int32, bitcast=True)
+    bits = numbers.to(tl.int32, bitcast=True)
     return tl.where(numbers == numbers, bits ^ ((bits >> 31) & 0x7FFFFFFF), NAN)
 
 

@@ -264,6 +264,14 @@ def test_sizes_without_room_in_the_kernels_tables_run_the_reference():
 
 
 @pytest.mark.usefixtures("host")
+def test_torch_compile_traces_the_reference(monkeypatch):
+    monkeypatch.setattr(cuda, "_call", None)  # an error if a kernel ran
+    compiled = torch.compile(lambda logits: route(logits, None, RouteOptions(2)).weights_TK, backend="eager")
+    logits = random(5, 8)
+    torch.testing.assert_close(compiled(logits), reference_route(logits, None, RouteOptions(2)).weights_TK)
+
+
+@pytest.mark.usefixtures("host")
 def test_a_kernel_that_fails_is_an_error_with_its_name():
     with pytest.raises(RuntimeError, match="CUDA kernel route failed"):
         cuda.route(torch.zeros(2, 8), None, RouteOptions(9))

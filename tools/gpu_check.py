@@ -12,9 +12,10 @@ It needs an NVIDIA GPU, torch and nvcc; not pytest, not pybind11, no network and
 3. waits   one forward and backward of routing, permutation and combination in which an operation that waits for the GPU
            is an error
 4. times   each stage and what it is made of in PyTorch's operations. A stage runs many times in one CUDA graph, in turn
-           on inputs that together are several times the cache, so that they come from memory; `eager` is the same with
-           launches from Python. The floor is the fewest bytes that a stage can move; `of copy` is which part of the
-           bandwidth of a plain copy, measured here, that amounts to.
+           on inputs that together are several times the cache, so that they come from memory (a router finds its logits
+           in the cache, though: `route in cache`); `eager` is the same with launches from Python. The floor is the
+           fewest bytes that a stage can move; `of copy` is which part of the bandwidth of a plain copy, measured here,
+           that amounts to.
 
 The file has the device, the date, all versions, sizes, times and fractions. It is written whole, at the end, and only
 if all tests passed. Exit status: 0 all is well, 1 a build or a test failed, 2 something is missing here (one line says
@@ -149,7 +150,7 @@ class Problem:
         from r1mega.kernels.route import RouteOptions, route
 
         self.tokens, self.hidden, self.num_experts, self.top_k = tokens, hidden, experts, top_k
-        self.options = RouteOptions(top_k, "sigmoid", groups, kept_groups, True, 2.5)
+        self.options = RouteOptions(top_k, "sigmoid", groups, min(kept_groups, groups), True, 2.5)
         generator = torch.Generator("cuda").manual_seed(0)
         draw = lambda *shape: torch.randn(*shape, generator=generator, device="cuda")  # noqa: E731
         cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -175,6 +176,7 @@ def floors(tokens: int, hidden: int, experts: int, top_k: int, element_bytes: in
     tiles, rows = -(-tokens // 64), (1 + top_k) * tokens * hidden * element_bytes
     return {
         "route": 4 * tokens * experts + 8 * tokens * top_k,
+        "route in cache": 4 * tokens * experts + 8 * tokens * top_k,
         "scan": 12 * tiles * experts + 8 * experts,
         "permute": rows + 4 * tokens * top_k,
         "combine": rows + 8 * tokens * top_k,
@@ -204,6 +206,10 @@ def stages(p: Problem) -> dict[str, tuple[list[Work], list[Work]]]:
         "route": (
             [lambda x=x: cuda.route(x, p.bias, p.options) for x in p.logits],
             [lambda x=x: reference_route(x, p.bias, p.options) for x in p.logits],
+        ),
+        "route in cache": (
+            [lambda: cuda.route(p.logits[0], p.bias, p.options)],
+            [lambda: reference_route(p.logits[0], p.bias, p.options)],
         ),
         "scan": (
             [lambda g=g: cuda.scan(g[3], g[4]) for g in of_tiles],
@@ -268,9 +274,15 @@ def timed(run: Work, calls: int) -> list[float]:
 
 
 def in_turn(works: list[Work]) -> tuple[Work, int]:
-    """All of ``works`` one after the other, often enough, and how many calls that is."""
+    """All of ``works`` one after the other, often enough, and how many calls that is. Results are let go at once."""
     times = max(1, -(-CALLS // len(works)))
-    return lambda: [work() for _ in range(times) for work in works], times * len(works)
+
+    def run() -> None:
+        for _ in range(times):
+            for work in works:
+                work()
+
+    return run, times * len(works)
 
 
 def eager_seconds(works: list[Work]) -> list[float]:
@@ -279,23 +291,18 @@ def eager_seconds(works: list[Work]) -> list[float]:
 
 
 def graph_seconds(works: list[Work]) -> list[float]:
-    """In a CUDA graph: no gaps between launches. Results are let go at once, as they are when it is captured."""
+    """In a CUDA graph: no gaps between launches."""
     import torch
 
     run, calls = in_turn(works)
-
-    def one_after_the_other() -> None:
-        for _ in range(calls // len(works)):
-            for work in works:
-                work()
-
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        one_after_the_other()
+        run()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        one_after_the_other()
+        run()
     return timed(graph.replay, calls)
 
 

@@ -1,11 +1,11 @@
-// One pass over the router's logits: scores, group-limited choice, weights, and for each tile of 64 tokens how often each
-// expert was chosen, the rank of each choice among those of its expert, and the sums of the scores.
+// One pass over the router's logits: scores, group-limited choice, weights, and for each tile of 64 tokens how often
+// each expert was chosen, the rank of each choice among those of its expert, and the sums of the scores.
 // r1mega/kernels/route.py says what each of them is. Nothing depends on the order in which threads run.
 //
 // A block has a tile, a warp a token at a time. Each group of experts has the same number of lanes, a power of two, and
 // each lane up to V experts that follow each other, so that of two lanes the lower one has the lower experts.
 #pragma once
-#include "device.h"
+#include "tile.h"
 
 namespace r1mega {
 
@@ -15,12 +15,12 @@ struct RouteArguments {
   int num_tokens, num_experts, top_k, num_groups, top_k_groups;
   bool softmax, normalize;
   float factor;
-  int64_t* experts;         // [T, K], best first
-  float* weights;           // [T, K]
-  int64_t* ranks;           // [T, K], inside the tile
-  int32_t* tile_counts;     // [N, E]
-  float* tile_score_sums;   // [N, E], of scores divided by their token's sum
-  float* chosen_scores;     // [T, K], for the backward
+  int64_t* experts;        // [T, K], best first
+  float* weights;          // [T, K]
+  int64_t* ranks;          // [T, K], inside the tile
+  int32_t* tile_counts;    // [N, E]
+  float* tile_score_sums;  // [N, E], of scores divided by their token's sum
+  float* chosen_scores;    // [T, K], for the backward
 };
 
 // How the experts are spread over a warp's lanes.
@@ -50,7 +50,7 @@ struct RouteShape {
 
 template <int V>
 struct RouteShared {
-  unsigned tokens_of_expert[RouteShape<V>::kExperts][kTileTokens / 32];  // a bit for each token that chose the expert
+  Tile<RouteShape<V>::kExperts, RouteShape<V>::kThreads> tile;
   int16_t chosen[kTileTokens][kMaxTopK];
   union {  // first one, then the other
     Candidate candidates[RouteShape<V>::kWarps][kWarpSize];
@@ -242,21 +242,13 @@ __device__ inline void choose(unsigned (&keys)[V], const float (&scores)[V], int
   __syncwarp();
 }
 
-// The choices of a tile: counts of each expert and the rank of each choice, in the order of the tokens.
 template <int V>
-__device__ inline void rank_choices(const RouteShared<V>& shared, const RoutePlan& a) {
-  for (int expert = threadIdx.x; expert < a.num_experts; expert += RouteShape<V>::kThreads) {
-    const unsigned* tokens = shared.tokens_of_expert[expert];
-    a.tile_counts[int64_t(blockIdx.x) * a.num_experts + expert] = __popc(tokens[0]) + __popc(tokens[1]);
-  }
+__device__ inline void write_ranks(const RouteShared<V>& shared, const RoutePlan& a) {
   const int first_token = blockIdx.x * kTileTokens;
   const int num_choices = smaller(kTileTokens, a.num_tokens - first_token) * a.top_k;
   for (int i = threadIdx.x; i < num_choices; i += RouteShape<V>::kThreads) {
     const int slot = i / a.top_k;
-    const unsigned* tokens = shared.tokens_of_expert[shared.chosen[slot][i % a.top_k]];
-    const unsigned earlier = (1u << slot % 32) - 1;
-    a.ranks[int64_t(first_token) * a.top_k + i] =
-        slot < 32 ? __popc(tokens[0] & earlier) : __popc(tokens[0]) + __popc(tokens[1] & earlier);
+    a.ranks[int64_t(first_token) * a.top_k + i] = shared.tile.rank(shared.chosen[slot][i % a.top_k], slot);
   }
 }
 
@@ -282,7 +274,7 @@ __device__ inline void write_choice(RouteShared<V>& shared, const Candidate* cho
   a.weights[token * a.top_k + lane] = score / sum * a.factor;
   a.chosen_scores[token * a.top_k + lane] = score;
   shared.chosen[slot][lane] = int16_t(expert);
-  atomicOr(&shared.tokens_of_expert[expert][slot / 32], 1u << slot % 32);
+  shared.tile.add(expert, slot);
 }
 
 template <int V>
@@ -290,8 +282,7 @@ __global__ void __launch_bounds__(RouteShape<V>::kThreads) route_kernel(RoutePla
   constexpr int kWarps = RouteShape<V>::kWarps;
   RouteShared<V>& shared = shared_memory<RouteShared<V>>();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  for (int expert = threadIdx.x; expert < a.num_experts; expert += RouteShape<V>::kThreads)
-    shared.tokens_of_expert[expert][0] = shared.tokens_of_expert[expert][1] = 0;
+  shared.tile.clear(a.num_experts);
   __syncthreads();
 
   const LaneExperts mine = experts_of(lane, a);
@@ -316,7 +307,8 @@ __global__ void __launch_bounds__(RouteShape<V>::kThreads) route_kernel(RoutePla
   for (int v = 0; v < V; ++v)
     if (v < mine.count) shared.score_sums[warp][mine.first + v] = score_sums[v];
   __syncthreads();
-  rank_choices(shared, a);
+  shared.tile.write_counts(a.tile_counts, a.num_experts);
+  write_ranks(shared, a);
   add_score_sums(shared, a);
 }
 

@@ -1,6 +1,6 @@
 // The gradient of the logits from that of the weights. Of the scores only the K chosen ones are needed, and they were
-// kept; weights of a softmax that are not normalised need all, and they are made again from the logits. Each gradient is
-// written once, zeros included.
+// kept; weights of a softmax that are not normalised need all, and they are made again from the logits. Each gradient
+// is written once, zeros included.
 #pragma once
 #include "device.h"
 

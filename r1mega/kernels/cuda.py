@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from r1mega.kernels.route import RouteOptions
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_cuda.so"
+KERNELS = ("route", "route_backward", "rank", "scan", "permute")
 INTERFACE = 1  # the library's functions and structures; csrc/cuda/kernels.cu has the same number
 DEVICE = "cuda"
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -58,6 +59,13 @@ class _RouteBackward(_Arguments):
     ]  # fmt: skip
 
 
+class _Rank(_Arguments):
+    _fields_ = [
+        ("experts", c_void_p), ("num_tokens", c_int), ("num_experts", c_int), ("top_k", c_int), ("ranks", c_void_p),
+        ("tile_counts", c_void_p),
+    ]  # fmt: skip
+
+
 class _Scan(_Arguments):
     _fields_ = [
         ("tile_counts", c_void_p), ("tile_score_sums", c_void_p), ("num_tiles", c_int), ("num_experts", c_int),
@@ -76,10 +84,11 @@ class _Permute(_Arguments):
 def open_library(path: Path) -> ctypes.CDLL:
     """The library at ``path``. Raises OSError where it does not load or was built from other sources."""
     found = ctypes.CDLL(str(path))
-    if not hasattr(found, "r1mega_interface") or found.r1mega_interface() != INTERFACE:
+    functions = [f"r1mega_{name}" for name in ("interface", "error", *KERNELS)]
+    if not all(hasattr(found, name) for name in functions) or found.r1mega_interface() != INTERFACE:
         raise OSError("it was built from other sources")
     found.r1mega_error.restype = ctypes.c_char_p
-    for name in ("route", "route_backward", "scan", "permute"):
+    for name in KERNELS:
         getattr(found, f"r1mega_{name}").argtypes = [c_void_p, c_void_p]
     return found
 
@@ -147,10 +156,8 @@ def route(
     ranks = torch.empty_like(experts)
     weights = logits_TE.new_empty(experts.shape)
     chosen_scores = torch.empty_like(weights)
-    empty = torch.empty if num_tokens else torch.zeros  # no tokens: no kernel runs
-    tiles = max(1, -(-num_tokens // TILE_TOKENS)), num_experts
-    tile_counts = empty(tiles, dtype=torch.int32, device=logits_TE.device)
-    tile_score_sums = empty(tiles, dtype=torch.float32, device=logits_TE.device)
+    tile_counts = _new_tiles(num_tokens, num_experts, torch.int32, logits_TE.device)
+    tile_score_sums = _new_tiles(num_tokens, num_experts, torch.float32, logits_TE.device)
     arguments = _Route(
         logits=logits_TE, bias=bias_E, num_tokens=num_tokens, num_experts=num_experts, top_k=options.top_k,
         num_groups=options.num_groups, top_k_groups=options.top_k_groups,
@@ -160,6 +167,33 @@ def route(
     )  # fmt: skip
     _call("route", arguments, logits_TE)
     return experts, weights, ranks, tile_counts, tile_score_sums, chosen_scores
+
+
+def rank(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Rank choices that were made elsewhere; the experts of one token differ.
+
+    Args:
+        experts_TK: ``[T, K]`` int64, dense; E marks a dropped choice.
+        num_experts: E, at most :data:`MAX_EXPERTS`.
+
+    Returns:
+        ranks inside the tile ``[T, K]`` int64 (0 for a dropped choice) and counts of each tile ``[N, E]`` int32.
+    """
+    num_tokens, top_k = experts_TK.shape
+    ranks = torch.empty_like(experts_TK)
+    tile_counts = _new_tiles(num_tokens, num_experts, torch.int32, experts_TK.device)
+    arguments = _Rank(
+        experts=experts_TK, num_tokens=num_tokens, num_experts=num_experts, top_k=top_k, ranks=ranks,
+        tile_counts=tile_counts,
+    )  # fmt: skip
+    _call("rank", arguments, experts_TK)
+    return ranks, tile_counts
+
+
+def _new_tiles(num_tokens: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[N, E]`` to be filled; without tokens no kernel runs, and one tile has zeros."""
+    make = torch.empty if num_tokens else torch.zeros
+    return make(max(1, -(-num_tokens // TILE_TOKENS)), num_experts, dtype=dtype, device=device)
 
 
 def scan(tile_counts_NE: Tensor, tile_score_sums_NE: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ class Operation:
 
 OPERATIONS = (
     Operation("route", "route", "scores, group-limited choice, weights, ranks, counts", (CPP, CUDA, TRITON, PYTORCH)),
-    Operation("rank_choices", "route", "ranks and counts of choices made elsewhere"),
+    Operation("rank_choices", "route", "ranks and counts of choices made elsewhere", (CPP, CUDA, PYTORCH)),
     Operation("permute", "permute", "token rows to expert order", (CPP, CUDA, TRITON, PYTORCH)),
     Operation("combine", "combine", "the sum of each token's rows", (CPP, TRITON, PYTORCH)),
     Operation("swiglu", "swiglu", "silu(gate) * up", (CPP, TRITON, PYTORCH)),

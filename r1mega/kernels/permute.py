@@ -15,7 +15,7 @@ from torch import Tensor
 
 from r1mega.kernels import cuda, native, triton
 from r1mega.kernels.fake import is_fake
-from r1mega.kernels.route import TILE_TOKENS, first_rows
+from r1mega.kernels.route import first_rows, places
 
 
 @dataclass
@@ -122,14 +122,10 @@ def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_N
 
 def find_rows(experts_TK: Tensor, ranks_TK: Tensor, first_row_NE: Tensor, row_map: RowMap) -> None:
     """Fill ``row_map.row_of_choice`` as the kernels do."""
-    num_tiles, num_experts = first_row_NE.shape
-    place = experts_TK.clamp(max=num_experts - 1) if row_map.dropped else experts_TK
-    if num_tiles > 1:
-        tile = torch.arange(experts_TK.shape[0], device=experts_TK.device) // TILE_TOKENS
-        place = place + (tile * num_experts).unsqueeze(1)
-    rows = torch.add(first_row_NE.flatten()[place], ranks_TK, out=row_map.row_of_choice)
+    first_rows_TK = first_row_NE.flatten()[places(experts_TK, first_row_NE.shape)]
+    rows = torch.add(first_rows_TK, ranks_TK, out=row_map.row_of_choice)
     if row_map.dropped:
-        rows.masked_fill_(experts_TK == num_experts, -1)
+        rows.masked_fill_(experts_TK == first_row_NE.shape[1], -1)
 
 
 def _copy_weights(weights_TK: Tensor, row_map: RowMap) -> Tensor:

@@ -17,7 +17,7 @@ E experts, K choices a token, G groups of experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
@@ -148,7 +148,12 @@ def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, options: RouteOptio
 
 
 def rank_choices(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Ranks ``[T, K]`` and counts ``[E]`` (int64) of choices that something else made; E marks one that was dropped."""
+    """Ranks ``[T, K]`` over all tokens and counts ``[E]`` (int64) of choices that something else made.
+
+    The experts of one token differ. E marks a dropped choice, whose rank means nothing.
+    """
+    if cuda.takes(experts_TK) and experts_TK.shape[1] > 0 and 0 < num_experts <= cuda.MAX_EXPERTS:
+        return _rank_on_gpu(experts_TK.contiguous(), num_experts)
     if native.library is None or experts_TK.device.type != "cpu":
         return reference_rank_choices(experts_TK, num_experts)
     experts_TK = experts_TK.contiguous()
@@ -156,6 +161,23 @@ def rank_choices(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     pointers = (tensor.data_ptr() for tensor in (experts_TK, ranks, counts))
     native.library.rank_choices(*pointers, experts_TK.numel(), num_experts)
     return ranks, counts
+
+
+def _rank_on_gpu(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    ranks, tile_counts = cuda.rank(experts_TK, num_experts)
+    first_row, counts = cuda.scan(tile_counts)
+    of_earlier_tiles = (first_row - first_row[:1]).flatten()
+    return ranks.add_(of_earlier_tiles[places(experts_TK, first_row.shape)]), counts
+
+
+def places(experts_TK: Tensor, shape: Sequence[int]) -> Tensor:
+    """Where each choice's tile and expert are in a flattened tensor of ``shape`` [N, E]; a dropped one's is any."""
+    num_tiles, num_experts = shape
+    inside = experts_TK.clamp(max=num_experts - 1)
+    if num_tiles == 1:
+        return inside
+    tiles = torch.arange(experts_TK.shape[0], device=experts_TK.device) // TILE_TOKENS
+    return inside + (tiles * num_experts).unsqueeze(1)
 
 
 def reference_rank_choices(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,15 @@ from torch import Tensor
 from r1mega.kernels import cuda
 from r1mega.kernels.combine import combine
 from r1mega.kernels.permute import permute
-from r1mega.kernels.route import TILE_TOKENS, Choices, RouteOptions, reference_route, route
+from r1mega.kernels.route import (
+    TILE_TOKENS,
+    Choices,
+    RouteOptions,
+    rank_choices,
+    reference_rank_choices,
+    reference_route,
+    route,
+)
 
 # tokens, experts, choices, groups, kept groups
 SIZES = [
@@ -98,6 +106,16 @@ def test_gradients_equal_the_reference() -> None:
                 weights = decide(logits, None, options_of(size, function)).weights_TK
                 gradients.append(torch.autograd.grad(weights, logits, random(size[0], size[2]))[0])
             torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_choices_made_elsewhere_are_ranked_as_by_the_reference_and_without_a_wait() -> None:
+    experts = random(5000, 60).topk(6).indices
+    experts[::3, ::2] = 60
+    expected, expected_counts = reference_rank_choices(experts, 60)
+    rank_choices(experts, 60)
+    with no_wait():
+        ranks, counts = rank_choices(experts, 60)
+    assert torch.equal(ranks[experts < 60], expected[experts < 60]) and torch.equal(counts, expected_counts)
 
 
 def test_permute_and_combine_move_every_type_as_a_sort_would() -> None:

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc/cuda"
 SEED = "R1MEGA_EMULATION_SEED"
 STRUCTURES = {
-    "route": "RouteArguments", "route_backward": "RouteBackwardArguments", "scan": "ScanArguments",
-    "permute": "PermuteArguments",
+    "rank": "RankArguments", "route": "RouteArguments", "route_backward": "RouteBackwardArguments",
+    "scan": "ScanArguments", "permute": "PermuteArguments",
 }  # fmt: skip
 
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from r1mega.kernels import cuda
-from r1mega.kernels.route import TILE_TOKENS, RouteOptions, rank_choices, reference_route
+from r1mega.kernels.route import TILE_TOKENS, RouteOptions, reference_rank_choices, reference_route
 from tests.unit.cuda_host import SEED, SOURCES, compile_one, random, stepped, use
 
 SEEDS = range(4)
 
-# What is planted: in which kernel, what it replaces, and by what. Of texts that are there more often, the n-th.
+# What is planted: in which file, what it replaces, and by what. Of texts that are there more often, the n-th.
 MUTANTS = {
     "no barrier after the tile's masks are cleared": ("route", "  __syncthreads();\n", "", 0),
     "no barrier before candidates become score sums": ("route", "  __syncthreads();\n", "", 1),
@@ -33,7 +33,8 @@ MUTANTS = {
     "lanes without a choice leave": ("route", "const float score =", "if (!writes) return; const float score =", 0),
     "of equal experts the higher wins": ("route", "~unsigned(expert)", "unsigned(expert)", 0),
     "of equal groups the higher wins": ("route", "other < group", "other > group", 0),
-    "a token counts as earlier than itself": ("route", "(1u << slot % 32) - 1", "(2u << slot % 32) - 1", 0),
+    "a token counts as earlier than itself": ("tile", "(1u << token % 32) - 1", "(2u << token % 32) - 1", 0),
+    "tokens are counted before all are there": ("rank", "  __syncthreads();\n", "", 1),
     "one by one, an expert is taken twice": ("route", "      keys[v] = 0;\n", "", 0),
     "sums are read before all are there": ("scan", "  __syncthreads();\n", "", 0),
     "experts of earlier lanes are forgotten": ("scan", "sum_up_to(total, lane) - total", "0", 0),
@@ -45,12 +46,15 @@ MUTANTS = {
 
 def plant(name: str, folder: Path) -> None:
     """A copy of the sources with one mistake, and of route's kernels only the one that the check below needs."""
-    kernel, correct, wrong, index = MUTANTS[name]
+    file, correct, wrong, index = MUTANTS[name]
     shutil.copytree(SOURCES, folder)
-    path = folder / f"{kernel}.h"
+    path = folder / f"{file}.h"
     parts = path.read_text().split(correct)
     assert len(parts) > index + 1, "the text is not there any more"
     text = correct.join(parts[: index + 1]) + wrong + correct.join(parts[index + 1 :])
+    path.write_text(text)
+    path = folder / "route.h"
+    text = path.read_text()
     for unused in (2, 4, 12):
         text = text.replace(f"  if (a.experts_of_lane <= {unused}) return launch_route<{unused}>(a, stream);\n", "")
     path.write_text(text.replace("  return launch_route<24>(a, stream);\n", "  return cudaErrorInvalidValue;\n"))
@@ -72,6 +76,11 @@ def check(kernel: str) -> None:
         flat = counts.t().flatten()
         assert torch.equal(first_row.t().flatten(), flat.cumsum(0) - flat)
         assert torch.equal(totals, counts.sum(0)) and torch.equal(sums, counts.sum(0).float())
+    elif kernel == "rank":
+        dropped = experts.clone()
+        dropped[::3, ::2] = 256
+        for given in (experts, dropped):
+            _check_tiles(given, *cuda.rank(given, 256))
     elif kernel == "permute":
         tokens, ranks = random(100, 40), expected.ranks_TK.clone()
         of_first_tile = torch.bincount(experts[:TILE_TOKENS].flatten(), minlength=256)
@@ -93,16 +102,23 @@ def _check_route(logits: Tensor, bias: Tensor | None, options: RouteOptions) -> 
     torch.testing.assert_close(weights, expected.weights_TK, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(tile_sums.sum(0), expected.score_sums_E, rtol=1e-5, atol=1e-5)
     assert torch.equal(tile_counts.sum(0), expected.counts_E)
-    for tile, first in enumerate(range(0, len(logits), TILE_TOKENS)):
+    _check_tiles(experts, ranks, tile_counts)
+
+
+def _check_tiles(experts: Tensor, ranks: Tensor, tile_counts: Tensor) -> None:
+    """Ranks and counts of each tile; those of dropped choices mean nothing."""
+    num_experts = tile_counts.shape[1]
+    for tile, first in enumerate(range(0, len(experts), TILE_TOKENS)):
         of_tile = experts[first : first + TILE_TOKENS]
-        tile_ranks, counts = rank_choices(of_tile, logits.shape[1])
+        expected, counts = reference_rank_choices(of_tile, num_experts)
+        kept = of_tile < num_experts
         assert torch.equal(tile_counts[tile], counts.int())
-        assert torch.equal(ranks[first : first + TILE_TOKENS], tile_ranks)
+        assert torch.equal(ranks[first : first + TILE_TOKENS][kept], expected[kept])
 
 
 def found_by(name: str, folder: Path) -> str:
     """What finds the mistake; nothing where it is not found."""
-    kernel = MUTANTS[name][0]
+    kernel = {"tile": "route"}.get(MUTANTS[name][0], MUTANTS[name][0])
     plant(name, folder)
     compile_one(kernel, folder, folder / "mutant.so")
     fork = multiprocessing.get_context("fork")

@@ -47,6 +47,13 @@ void run(int T, int E, int K, int groups, int kept, bool softmax, int row_bytes,
   for (int e = 0; e < E; ++e) rows_of_all += total[e];
   require(rows_of_all == int64_t(choices), "the number of rows", T, E, K);
 
+  auto other_ranks = garbage<int64_t>(choices);
+  auto other_counts = std::unique_ptr<int32_t[]>(new int32_t[N * E]());
+  RankArguments rank{experts.get(), T, E, K, other_ranks.get(), other_counts.get()};
+  require(r1mega_rank(&rank, nullptr) == cudaSuccess, "rank", T, E, K);
+  require(std::equal(ranks.get(), ranks.get() + choices, other_ranks.get()), "a rank", T, E, K);
+  require(std::equal(counts.get(), counts.get() + N * E, other_counts.get()), "a count", T, E, K);
+
   auto input = garbage<char>(size_t(T) * row_bytes), rows = garbage<char>(choices * row_bytes);
   for (size_t i = 0; i < size_t(T) * row_bytes; ++i) input[i] = char(random());
   PermuteArguments permute{input.get(), experts.get(), ranks.get(), first_row.get(), map.get(), rows.get(),

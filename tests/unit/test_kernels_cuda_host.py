@@ -24,6 +24,7 @@ from r1mega.kernels.route import (
     RouteOptions,
     choose_experts,
     rank_choices,
+    reference_rank_choices,
     reference_route,
     route,
 )
@@ -105,7 +106,7 @@ def test_route_chooses_from_its_own_scores_as_the_reference_does(size, function)
     scores = own_scores(logits, options)
     choices, expected = route(logits, bias, options), choose_experts(scores, bias, options)
     assert torch.equal(choices.experts_TK, expected)
-    ranks, counts = rank_choices(expected, size[1])
+    ranks, counts = reference_rank_choices(expected, size[1])
     assert torch.equal(choices.counts_E, counts) and torch.equal(ranks_over_all_tokens(choices), ranks)
     chosen = scores.gather(1, expected)
     weights = chosen / (chosen.sum(1, keepdim=True) + 1e-20) * options.factor
@@ -170,6 +171,20 @@ def test_scores_are_given_where_they_are_asked_for_and_carry_a_gradient():
     assert route(logits, None, RouteOptions(2)).scores_TE is None
     scores = route(logits, None, RouteOptions(2), with_scores=True).scores_TE
     assert torch.equal(scores, logits.sigmoid()) and scores.requires_grad
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(
+    "num_tokens, top_k, num_experts", [(0, 2, 4), (1, 1, 1), (65, 3, 5), (300, 8, 384), (130, 20, 40)]
+)
+def test_choices_made_elsewhere_are_ranked_as_by_the_reference(num_tokens, top_k, num_experts, schedule):
+    experts = random(num_tokens, num_experts).topk(top_k).indices
+    experts[::3, ::2] = num_experts
+    (ranks, counts), (expected, expected_counts) = (
+        rank(experts, num_experts) for rank in (rank_choices, reference_rank_choices)
+    )
+    kept = experts < num_experts
+    assert torch.equal(ranks[kept], expected[kept]) and torch.equal(counts, expected_counts)
 
 
 # bytes of a row from 1 to several parts of a warp; each size of piece
@@ -249,6 +264,14 @@ def test_sizes_without_room_in_the_kernels_tables_run_the_reference():
 
 
 @pytest.mark.usefixtures("host")
+def test_torch_compile_traces_the_reference(monkeypatch):
+    monkeypatch.setattr(cuda, "_call", None)  # an error if a kernel ran
+    compiled = torch.compile(lambda logits: route(logits, None, RouteOptions(2)).weights_TK, backend="eager")
+    logits = random(5, 8)
+    torch.testing.assert_close(compiled(logits), reference_route(logits, None, RouteOptions(2)).weights_TK)
+
+
+@pytest.mark.usefixtures("host")
 def test_a_kernel_that_fails_is_an_error_with_its_name():
     with pytest.raises(RuntimeError, match="CUDA kernel route failed"):
         cuda.route(torch.zeros(2, 8), None, RouteOptions(9))
@@ -280,7 +303,7 @@ def test_a_planted_mistake_is_found(name, found):
 
 
 @pytest.mark.usefixtures("host")
-@pytest.mark.parametrize("kernel", ["route", "scan", "permute", "route_backward"])
+@pytest.mark.parametrize("kernel", ["route", "rank", "scan", "permute", "route_backward"])
 def test_without_a_mistake_the_same_checks_pass(kernel, schedule):
     check(kernel)
 

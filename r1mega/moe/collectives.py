@@ -40,19 +40,25 @@ class Counts:
     """
 
     def __init__(self, sent: Tensor, ep: ProcessGroup, etp: ProcessGroup | None) -> None:
-        self._sent, self._etp = sent, etp
-        self._flight = start_exchange(sent, None, None, ep, lambda received: (received,))
+        self._sent, self._etp, self._received = sent, etp, sent
+        self._work: dist.Work | None = None
+        if ep.size() > 1:
+            self._received = torch.empty_like(sent)
+            self._work = dist.all_to_all_single(self._received, sent, group=ep, async_op=True)
         self._host: list | None = None
 
     def of_chunk(self, chunk: int) -> Splits:
         """What one chunk of the tokens sends and receives."""
         if self._host is None:
-            (received,) = self._flight.wait()
+            if self._work is not None:
+                self._work.wait()
+            received = self._received
             of_etp = received.unsqueeze(0) if self._etp is None else all_gather(received.unsqueeze(0), self._etp)
             self._host = torch.cat([self._sent.unsqueeze(0), of_etp]).tolist()
         sent, *of_etp_ranks = ([counts[chunk] for counts in of_rank] for of_rank in self._host)
         mine = of_etp_ranks[0 if self._etp is None else self._etp.rank()]
-        arriving = [sum(column) for column in zip(*(counts for of_rank in of_etp_ranks for counts in of_rank))]
+        all_counts = [counts for of_rank in of_etp_ranks for counts in of_rank]
+        arriving = [sum(column) for column in zip(*all_counts, strict=True)]
         return Splits(
             [counts[0] for counts in sent],
             [counts[0] for counts in mine],
@@ -78,20 +84,16 @@ class InFlight:
 
 def start_exchange(
     rows: Tensor,
-    receive: Sequence[int] | None,
-    send: Sequence[int] | None,
+    receive: Sequence[int],
+    send: Sequence[int],
     group: ProcessGroup,
     finish: Callable[[Tensor], tuple[Tensor, ...]],
 ) -> InFlight:
-    """Send ``send[r]`` rows to each rank r and receive ``receive[r]``, or equal parts where both are None.
-
-    ``finish`` makes of what came what :meth:`InFlight.wait` returns.
-    """
+    """Send ``send[r]`` rows to each rank r and receive ``receive[r]``; :meth:`InFlight.wait` returns ``finish`` of them."""
     if group.size() == 1:
         return InFlight(rows, None, finish)
-    num_rows = rows.shape[0] if receive is None else sum(receive)
-    received = rows.new_empty(num_rows, *rows.shape[1:])
-    work = dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group, async_op=True)
+    received = rows.new_empty(sum(receive), *rows.shape[1:])
+    work = dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group, async_op=True)
     return InFlight(received, work, finish)
 
 
@@ -106,6 +108,5 @@ def gather(rows: Tensor, gathered: Sequence[int], group: ProcessGroup) -> Tensor
 def scatter(rows: Tensor, gathered: Sequence[int], group: ProcessGroup) -> Tensor:
     """``[ranks, rows of this rank, ...]``: what each rank of ``group`` has for this one, still to be summed."""
     size, mine = group.size(), gathered[group.rank()]
-    return start_exchange(
-        rows, [mine] * size, gathered, group, lambda rows: (rows.unflatten(0, (size, mine)),)
-    ).wait()[0]
+    (received,) = start_exchange(rows, [mine] * size, gathered, group, lambda rows: (rows,)).wait()
+    return received.unflatten(0, (size, mine))

@@ -5,8 +5,8 @@ That rank copies it to the rows of its experts, sums their results, and sends on
 
     T tokens -> S rows sent -> N rows received -> R rows of experts -> N sums -> S sums that come back -> T tokens
 
-Neither side sorts, and neither moves a row twice: the place of a row is computed from counts, inside the copy. Where
-nothing leaves the rank there is one copy and one sum, and no message.
+Neither side moves a row twice: its place is computed from counts. The counts of all ranks are exchanged once, which is
+where the host waits. Where nothing leaves the rank there is one copy and one sum, no message and no waiting.
 
 Group-limited routing limits nodes: where ranks of a node stand side by side in ``ep`` and the experts of a group lie on
 one node, a token goes to at most ``top_k_groups`` nodes.
@@ -23,7 +23,9 @@ Shapes: T local tokens, H hidden, E experts, K experts a token; S, N and R as ab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,14 +68,14 @@ class Dispatch:
     inputs: tuple[Tensor, Tensor]
     row_map: RowMap | None = None
     plan: Plan | None = None
-    local_counts: list[int] = field(default_factory=list)
+    local_counts: list[int] | Tensor = field(default_factory=list)
     source: Tensor | None = None
     rows: Tensor | None = None
     weights: Tensor | None = None
 
     @property
-    def counts(self) -> list[int]:
-        """Rows of each local expert, once :attr:`to_experts` has been started."""
+    def counts(self) -> list[int] | Tensor:
+        """Rows of each local expert, once :attr:`to_experts` was started; a tensor where only a GPU knows them."""
         return self.local_counts if self.plan is None else self.plan.splits.counts
 
     @property
@@ -90,12 +92,13 @@ class Dispatch:
         """``[T, H]`` of what :attr:`to_tokens` gave, or of the experts' rows where that is None."""
         return rows if self.row_map is None else combine(rows, self.row_map)
 
-    def rows_again(self) -> Tensor:
-        """The experts' rows, copied once more from what was kept. Not differentiable."""
+    @property
+    def rows_again(self) -> Callable[[], Tensor]:
+        """Copies the experts' rows once more from what was kept; holds none of :attr:`inputs`. Not differentiable."""
         if self.plan is not None:
-            return self.plan.rows_again()
+            return self.plan.rows_again
         assert self.source is not None and self.row_map is not None
-        return _copy_rows(self.source, self.row_map)
+        return partial(_copy_rows, self.source, self.row_map)
 
 
 class AllToAllDispatcher:
@@ -154,8 +157,11 @@ class AllToAllDispatcher:
             hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, routing.counts_E, may_drop,
             padded_capacity,
         )  # fmt: skip
-        padded = padded_capacity is not None
-        counts = [padded_capacity] * self.ranks.num_experts if padded else routing.counts_E.tolist()
+        counts: list[int] | Tensor = routing.counts_E
+        if padded_capacity is not None:
+            counts = [padded_capacity] * self.ranks.num_experts
+        elif not hidden_TH.is_cuda:  # a GPU's products read the counts there: the host need not wait for them
+            counts = routing.counts_E.tolist()
         source = hidden_TH.detach() if self.keep_source else None
         return Dispatch((rows, weights), row_map, local_counts=counts, source=source)
 

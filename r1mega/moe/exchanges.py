@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1mega.kernels.permute import RowMap, _copy_rows, combine, find_rows, permute
+from r1mega.kernels.permute import RowMap, _copy_rows, combine, permute
 from r1mega.kernels.route import rank_choices
 from r1mega.moe.collectives import Counts, InFlight, Splits, gather, scatter, start_exchange
 from r1mega.moe.wire import RowFormat
@@ -114,13 +114,15 @@ class Plan:
         if self.token_map is None:
             sent, padded = self.splits.sent, self.capacity is not None
             rows = torch.full_like(self.rows_of_rank, sent[0]) if padded else self.rows_of_rank
-            self.token_map = RowMap(torch.empty_like(self._destinations), sum(sent), True, padded)
-            find_rows(self._destinations, self._ranks, rows.cumsum(0) - rows, self.token_map)
+            first_row = torch.cat([rows.new_zeros(1), rows.cumsum(0)])  # the last one is of no rank
+            places = first_row[self._destinations].add_(self._ranks)
+            places.masked_fill_(self._destinations == len(sent), -1)
+            self.token_map = RowMap(places, sum(sent), True, padded)
             del self._destinations, self._ranks
         return _copy_rows(message_TW, self.token_map)
 
     def arrive(self, message_NW: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of the local experts and their weights, ``[R, H]`` (a view with gaps between its rows) and ``[R]``."""
+        """Rows and weights of the local experts: ``[R, H]``, a view with gaps between its rows, and ``[R]``."""
         source, weights_NK, experts_NK = self.format.unpack(message_NW)
         local_NK = self.ranks.local_ids(experts_NK)
         capacity = None if self.capacity is None else self.capacity * self.ranks.num_sources

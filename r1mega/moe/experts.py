@@ -48,7 +48,7 @@ class Experts(nn.Module):
         self,
         rows_RH: Tensor,
         weights_R: Tensor,
-        counts: Sequence[int],
+        counts: Sequence[int] | Tensor,
         rows_again: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Run each row through its expert.
@@ -56,7 +56,7 @@ class Experts(nn.Module):
         Args:
             rows_RH: ``[R, H]``, sorted by local expert.
             weights_R: ``[R]``, the router's weight of each row.
-            counts: rows of each local expert.
+            counts: rows of each local expert; on a GPU, a tensor will do.
             rows_again: makes ``rows_RH`` anew. With it, the backward computes the rows and the SwiGLU again: kept are
                 gate and up ``[R, 2 F]`` and the weights, not the rows ``[R, H]`` and the SwiGLU's result ``[R, F]``.
 
@@ -65,12 +65,12 @@ class Experts(nn.Module):
         """
         store = self.weight_gradients
         with _made_again(rows_RH, rows_again):
-            gate_up_RF = grouped_linear(rows_RH, self.gate_up_proj, counts, store)
+            gate_up_RF = grouped_linear(rows_RH, self.gate_up_proj, counts, store)  # type: ignore[arg-type]
         hidden_RF = weighted_swiglu(gate_up_RF, weights_R)
         gate_up, weights = gate_up_RF.detach(), weights_R.detach()
         again = None if rows_again is None else lambda: weighted_swiglu(gate_up, weights)
         with _made_again(hidden_RF, again):
-            return grouped_linear(hidden_RF, self.down_proj, counts, store)
+            return grouped_linear(hidden_RF, self.down_proj, counts, store)  # type: ignore[arg-type]
 
 
 def _made_again(tensor: Tensor, make: Callable[[], Tensor] | None) -> AbstractContextManager[object]:

@@ -62,7 +62,7 @@ class MoELayer(nn.Module):
             return self._in_chunks(hidden_TH, routing, self._capacity(hidden_TH, length)), routing.losses
         may_drop = self.config.capacity_factor is not None
         d = self.dispatcher.prepare(hidden_TH, routing, may_drop, self._capacity(hidden_TH, length))
-        kept = () if self.shared_experts is None else (hidden_TH,)
+        kept: tuple[Tensor, ...] = () if self.shared_experts is None else (hidden_TH,)
         (rows, weights), kept = yield Cut(d.inputs, d.to_experts, kept, tuple(routing.losses.values()))
         (rows,), kept = yield Cut((self._run_experts(d, rows, weights),), d.to_tokens, kept)
         output = d.finish(rows)
@@ -73,12 +73,13 @@ class MoELayer(nn.Module):
     def _in_chunks(self, hidden_TH: Tensor, routing: Routing, capacity: int | None) -> Tensor:
         """All chunks set out at once; each comes back as soon as its experts have run."""
         chunks = self.dispatcher.prepare_chunks(hidden_TH, routing, self.config.chunks, capacity)
-        going = [(d, begin(ToExperts(d.plan), *d.inputs)) for d in chunks if d.plan is not None]
+        plans = [d.plan for d in chunks if d.plan is not None]
+        going = [begin(ToExperts(plan), *d.inputs) for d, plan in zip(chunks, plans, strict=True)]
         shared = None if self.shared_experts is None else self.shared_experts(hidden_TH)
         coming = []
-        for d, begun in going:
+        for d, plan, begun in zip(chunks, plans, going, strict=True):
             rows, weights = begun.wait()
-            coming.append(begin(ToTokens(d.plan), self._run_experts(d, rows, weights)))
+            coming.append(begin(ToTokens(plan), self._run_experts(d, rows, weights)))
         output = torch.cat([begun.wait()[0] for begun in coming])
         return output if shared is None else output + shared
 

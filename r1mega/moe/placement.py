@@ -134,9 +134,7 @@ def pack(weights: Sequence[float], num_bins: int, kinds: Sequence[int] | None = 
     return bins
 
 
-def _exchange(
-    bins: list[list[int]], total: list[float], weights: Sequence[float], kinds: Sequence[int] | None
-) -> bool:
+def _exchange(bins: list[list[int]], total: list[float], weights: Sequence[float], kinds: Sequence[int] | None) -> bool:
     """Swap the two items that lighten the fullest bin most; whether there were any."""
     fullest = max(range(len(bins)), key=total.__getitem__)
     best, best_top = None, total[fullest] * (1 - 1e-12)

@@ -122,11 +122,14 @@ class RowFormat:
 
 
 def _bytes(rows: Tensor) -> Tensor:
+    if rows.numel() == 0:  # which may have strides that a view refuses
+        return torch.empty(rows.shape[0], rows.shape[1] * rows.element_size(), dtype=torch.uint8, device=rows.device)
     return rows.contiguous().view(torch.uint8)
 
 
 def _typed(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    return packed.contiguous().view(dtype)
+    # a copy also where the columns are dense already: they may begin at an address that the type cannot have
+    return packed.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _to_float8(rows_TH: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ def _to_float8(rows_TH: Tensor) -> Tensor:
     blocks = F.pad(rows_TH.float(), (0, -width % BLOCK)).view(num_rows, -(-width // BLOCK), BLOCK)
     scales = blocks.abs().amax(dim=-1).clamp_(min=1e-30) / LARGEST
     values = (blocks / scales.unsqueeze(-1)).to(torch.float8_e4m3fn)
-    return torch.cat([values.flatten(1).view(torch.uint8)[:, :width], scales.view(torch.uint8)], dim=1)
+    return torch.cat([values.flatten(1).view(torch.uint8)[:, :width], _bytes(scales)], dim=1)
 
 
 def _from_float8(encoded: Tensor, width: int) -> Tensor:

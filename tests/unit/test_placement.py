@@ -53,7 +53,7 @@ def test_the_busiest_rank_is_near_the_best_of_all_placements(num_experts, num_ra
         )
         ratios.append(found / best)
     assert min(ratios) > 1 - 1e-9, "better than the best: the count is wrong"
-    assert max(ratios) < 1.2 and sum(ratios) / len(ratios) < 1.05
+    assert max(ratios) < 1.2 and sum(ratios) / len(ratios) < 1.08
 
 
 def test_packing_alone_is_near_the_best():

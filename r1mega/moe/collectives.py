@@ -89,7 +89,7 @@ def start_exchange(
     group: ProcessGroup,
     finish: Callable[[Tensor], tuple[Tensor, ...]],
 ) -> InFlight:
-    """Send ``send[r]`` rows to each rank r and receive ``receive[r]``; :meth:`InFlight.wait` returns ``finish`` of them."""
+    """Send ``send[r]`` rows to each rank r, receive ``receive[r]``; waiting for it gives ``finish(received)``."""
     if group.size() == 1:
         return InFlight(rows, None, finish)
     received = rows.new_empty(sum(receive), *rows.shape[1:])

@@ -65,7 +65,7 @@ class RowFormat:
 
     def pack_rows(self, rows_TH: Tensor, wire: str) -> Tensor:
         """Rows alone, ``[T, W]``."""
-        return rows_TH if wire == "model" else self._carried([encode(rows_TH, wire)])
+        return rows_TH if wire == "model" else _joined([encode(rows_TH, wire)], self.carrier, ALIGNMENT)
 
     def unpack_rows(self, message_NW: Tensor, wire: str) -> Tensor:
         """What :meth:`pack_rows` was given, ``[N, H]``."""
@@ -76,7 +76,8 @@ class RowFormat:
 
     def pack(self, rows_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """``[T, W]``. Experts are counted from 1 there, so that a row of zeros goes to no expert."""
-        return self._carried([encode(rows_TH, self.wire), _bytes(weights_TK), _bytes((experts_TK + 1).to(ID))])
+        parts = [encode(rows_TH, self.wire), _bytes(weights_TK), _bytes((experts_TK + 1).to(ID))]
+        return _joined(parts, self.carrier, ALIGNMENT)
 
     def unpack(self, message_NW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, weights ``[N, K]`` and experts counted from 1 ``[N, K]``.
@@ -94,6 +95,11 @@ class RowFormat:
         return rows, weights, _typed(packed[:, weights_end : weights_end + self.top_k * ID.itemsize], ID)
 
     @property
+    def carrier(self) -> torch.dtype:
+        """The type of the numbers that a message is copied as."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
     def adds_up(self) -> bool:
         """Whether messages with gradients can be added as they are."""
         return self.wire == "model" and self.dtype == self.weight_dtype
@@ -102,23 +108,31 @@ class RowFormat:
         """Gradients of rows and of weights in one message."""
         if self.adds_up:
             return torch.cat([rows_NH, weights_NK], dim=1)
-        return torch.cat([encode(rows_NH, wire), _bytes(weights_NK)], dim=1)
+        return _joined([encode(rows_NH, wire), _bytes(weights_NK)], self.carrier)
 
     def unpack_gradients(self, message: Tensor, wire: str) -> tuple[Tensor, Tensor]:
         """What :meth:`pack_gradients` was given; of a message that :attr:`adds_up`, two views."""
         if self.adds_up:
             return message[..., : self.width], message[..., self.width :]
-        end = encoded_bytes(self.width, self.dtype, wire)
+        message, end = message.view(torch.uint8), encoded_bytes(self.width, self.dtype, wire)
         rows = decode(message[..., :end].flatten(0, -2), self.width, self.dtype, wire)
         weights = _typed(message[..., end:], self.weight_dtype)
         return rows.view(*message.shape[:-1], self.width), weights
 
-    def _carried(self, parts: list[Tensor]) -> Tensor:
-        """Bytes side by side, as numbers of a type that every kernel can copy."""
-        padding = -sum(part.shape[1] for part in parts) % ALIGNMENT
-        if padding:
-            parts.append(parts[0].new_zeros(parts[0].shape[0], padding))
-        return torch.cat(parts, dim=1).view(torch.float64 if self.dtype == torch.float64 else torch.float32)
+
+def _joined(parts: list[Tensor], carrier: torch.dtype, alignment: int = 1) -> Tensor:
+    """Bytes side by side, as numbers of type ``carrier`` where their count allows it, else as bytes.
+
+    Every kernel can copy the numbers, and a GPU copies them faster than bytes.
+    """
+    padding = -sum(part.shape[1] for part in parts) % alignment
+    if padding:
+        parts.append(parts[0].new_zeros(parts[0].shape[0], padding))
+    size = carrier.itemsize
+    if all(part.shape[1] % size == 0 and part.storage_offset() % size == 0 for part in parts):
+        return torch.cat([part.view(carrier) for part in parts], dim=1)
+    joined = torch.cat(parts, dim=1)
+    return joined.view(carrier) if joined.shape[1] % size == 0 else joined
 
 
 def _bytes(rows: Tensor) -> Tensor:

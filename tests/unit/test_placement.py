@@ -57,13 +57,13 @@ def test_the_busiest_rank_is_near_the_best_of_all_placements(num_experts, num_ra
 
 
 def test_packing_alone_is_near_the_best():
-    worst = 1.0
+    ratios = []
     for seed in range(40):
         items = tuple(random.Random(seed + 100 * i).expovariate(1.0) for i in range(9))
         bins = pack(items, 3)
         assert sorted(itertools.chain(*bins)) == list(range(9)) and {len(b) for b in bins} == {3}
-        worst = max(worst, max(sum(items[i] for i in b) for b in bins) / least_of_busiest(items, 3, 3))
-    assert worst < 1.08
+        ratios.append(max(sum(items[i] for i in b) for b in bins) / least_of_busiest(items, 3, 3))
+    assert max(ratios) < 1.08 and sum(ratios) / len(ratios) < 1.005
 
 
 def test_no_other_numbers_of_copies_give_a_lighter_copy():

@@ -100,7 +100,7 @@ class Problem:
     def __post_init__(self) -> None:
         s, generator = self.sizes, torch.Generator(self.device).manual_seed(0)
         config = MoEConfig(s.experts, s.top_k, s.width, score_function="softmax", score_bias=False)
-        self.state = ParallelState.single_process()
+        self.state = ParallelState.single_process(self.device)
         self.layer = MoELayer(s.hidden, config, self.state, self.dtype, self.device.type)
         for module in self.layer.modules():
             if hasattr(module, "weight_gradients"):

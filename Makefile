@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off
 REQUIREMENTS := $(wildcard requirements/*.txt)
-NATIVE := $(wildcard csrc/*)
+NATIVE := $(wildcard csrc/*.* csrc/cuda/*) tools/build_cuda.py
 
 # Each stamp is made last, so a step that was interrupted is done again.
 INSTALLED := $(VENV)/.requirements-installed
@@ -32,6 +32,7 @@ $(INSTALLED): $(REQUIREMENTS)
 	@echo "setup 3/4: other requirements"
 	@$(PIP) --requirement requirements/torch.txt --requirement requirements/runtime.txt --requirement requirements/dev.txt --constraint requirements/lock.txt
 	@$(PIP) --no-deps --requirement requirements/solver.txt
+	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("triton"))' || $(PIP) --no-deps --requirement requirements/triton.txt
 	@touch $@
 
 $(BUILT): $(INSTALLED) setup.py r1mega/__init__.py $(NATIVE)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import platform
 import re
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from tools.build_cuda import BuildFailed, architectures, build, find_nvcc  # noqa: E402
 
 
 def requirements(*names: str) -> list[str]:
@@ -37,10 +41,22 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx512"] = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 
 
+CUDA = "r1mega._cuda"
+
+
 class BuildKernels(build_ext):
-    """Compiles the kernels of each level beside the extension's own source."""
+    """Compiles the kernels of each level beside the extension's own source, and the CUDA library with nvcc."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # A library with plain C functions: the name has no version of Python.
+        if fullname.rpartition(".")[2] == "_cuda":
+            return fullname.replace(".", "/") + ".so"
+        return super().get_ext_filename(fullname)
 
     def build_extension(self, extension: Extension) -> None:
+        if extension.name == CUDA:
+            self.build_cuda()
+            return
         extension.extra_objects = []
         try:
             for level, flags in LEVELS.items():
@@ -55,25 +71,42 @@ class BuildKernels(build_ext):
             # Not only setuptools' own warning: pip does not show it. ``r1mega kernels`` says what is missing.
             print(f"r1mega: no C++ kernels, PyTorch's operations will be used: {error}")
 
+    def build_cuda(self) -> None:
+        nvcc = find_nvcc()
+        try:
+            assert nvcc, "the extension is listed where there is nvcc"
+            build(nvcc, architectures(), Path(self.get_ext_fullpath(CUDA)))
+        except (BuildFailed, OSError) as error:
+            last = (str(error).strip() or repr(error)).splitlines()[-1]
+            print(f"r1mega: no CUDA kernels, python tools/build_cuda.py says more: {last}")
 
-def extensions() -> dict:
+
+def cpp_extension() -> list[Extension]:
     """The C++ kernels. They need pybind11 and a compiler; without either r1mega is installed without them."""
     try:
         import pybind11
     except ImportError:
-        return {}
+        return []
     extension = Extension(
         "r1mega._C",
         ["csrc/bind.cpp", "csrc/buffers.cpp"],
         include_dirs=[pybind11.get_include(), "csrc"],
         define_macros=[("R1MEGA_X86", None)] if len(LEVELS) > 1 else [],
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir() if path.is_file()),
         extra_compile_args=FLAGS,
         extra_link_args=["-pthread"],
         language="c++",
         optional=True,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
+    return [extension]
+
+
+def extensions() -> dict:
+    """What is compiled on this machine."""
+    found = cpp_extension()
+    if find_nvcc():
+        found.append(Extension(CUDA, [], optional=True))
+    return {"ext_modules": found, "cmdclass": {"build_ext": BuildKernels}} if found else {}
 
 
 setup(

@@ -44,8 +44,9 @@ from benchmarks.launch import RunFailed, run_program  # noqa: E402
 from r1mega.config import MoEConfig  # noqa: E402
 from r1mega.files import write_whole  # noqa: E402
 from r1mega.kernels import native  # noqa: E402
+from r1mega.kernels.combine import combine  # noqa: E402
 from r1mega.kernels.linear import grouped_linear, linear  # noqa: E402
-from r1mega.kernels.permute import combine, permute  # noqa: E402
+from r1mega.kernels.permute import permute  # noqa: E402
 from r1mega.kernels.route import route  # noqa: E402
 from r1mega.kernels.swiglu import weighted_swiglu  # noqa: E402
 from r1mega.moe.layer import MoELayer  # noqa: E402
@@ -135,7 +136,7 @@ def stages(p: Problem) -> dict[str, tuple[Stage, Stage]]:
     logits_leaf = leaf(logits)
     route_forward = lambda: route(logits_leaf, None, p.layer.gate.options)  # noqa: E731
     routed = route_forward()
-    permute_forward = lambda: permute(x, weights_TK, *decided)  # noqa: E731
+    permute_forward = lambda: permute(x, weights_TK, *decided, first_row_NE=chosen.first_row_NE)  # noqa: E731
     rows, row_weights, row_map = permute_forward()
     rows_leaf, weights_leaf = leaf(rows), leaf(row_weights)
     gate_up_forward = lambda: grouped_linear(rows_leaf, p.gate_up, p.counts, store)  # noqa: E731

@@ -37,7 +37,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.step import machine, write_json  # noqa: E402
 from r1mega.data.megatron import quiet_import  # noqa: E402
 from r1mega.kernels import native  # noqa: E402
-from r1mega.kernels.permute import combine, permute  # noqa: E402
+from r1mega.kernels.combine import combine  # noqa: E402
+from r1mega.kernels.permute import permute  # noqa: E402
 from r1mega.kernels.route import RouteOptions, rank_choices, route  # noqa: E402
 
 TARGET = 3.0

@@ -8,18 +8,31 @@ Backward computes the input gradient at once. The weight gradient goes one of tw
   tensor is written and read.
 
 A weight may be a ``DTensor``: the products use its local shard, and its gradient has the same placement.
+
+A grouped product on a CPU is one product an expert, of rows that the host has counted. On a GPU the counts may be a
+tensor there, and nothing waits for the host: one launch multiplies all rows, PyTorch's ``grouped_mm`` where it has a
+kernel for the type and the GPU, else Triton's. Where there is neither, ``grouped_mm`` reads the counts and multiplies
+expert by expert.
+
 Shapes: T rows, R routed rows, I input features, O output features, E local experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from r1mega.kernels import triton
+from r1mega.kernels.fake import is_fake
 from r1mega.kernels.parameter import WeightGradients, like_parameter, local
+
+Counts = Sequence[int] | Tensor
 
 
 def linear(input_TI: Tensor, weight_OI: Tensor, store: WeightGradients | None = None) -> Tensor:
@@ -78,50 +91,90 @@ def _add_product(weight: Tensor, grad_TO: Tensor, input_TI: Tensor) -> None:
 
 
 def grouped_linear(
-    input_RI: Tensor, weight_EOI: Tensor, counts: Sequence[int], store: WeightGradients | None = None
+    input_RI: Tensor, weight_EOI: Tensor, counts: Counts, store: WeightGradients | None = None
 ) -> Tensor:
     """``input @ weight[e].T`` where rows of expert ``e`` stand together, experts in order.
 
     Args:
         input_RI: ``[R, I]``, sorted by expert.
         weight_EOI: ``[E, O, I]``, a parameter; or ``[E, n, O / n, I]``, whose n products stand side by side.
-        counts: rows of each expert; they add up to R.
+        counts: rows of each expert, numbers or an integer tensor ``[E]``. They add up to R; where a tensor adds up to
+            less, the rows after them are undefined in the result and in the input's gradient.
         store: where the weight gradient goes; None returns it to autograd.
 
     Returns:
         ``[R, O]``.
     """
-    return _GroupedLinear.apply(input_RI, weight_EOI, counts, store)
+    return _GroupedLinear.apply(input_RI, weight_EOI, Rows.of(input_RI, counts), store)
+
+
+@dataclass
+class Rows:
+    """Where each expert's rows are.
+
+    Args:
+        counts: rows of each expert, on the host; None where the device knows them.
+        ends: ``[E]`` int32, the row after the last one of each expert, on the device; None where the host knows them.
+    """
+
+    counts: Sequence[int] | None
+    ends: Tensor | None = None
+
+    @classmethod
+    def of(cls, input_RI: Tensor, counts: Counts) -> Rows:
+        """The rows of an operation on ``input_RI``."""
+        on_host = input_RI.device.type == "cpu" and not triton.takes(input_RI) and not is_fake(input_RI)
+        if on_host:
+            return cls(counts.tolist() if isinstance(counts, Tensor) else counts)
+        if not isinstance(counts, Tensor):
+            counts = torch.tensor(counts, device=input_RI.device)
+        return cls(None, counts.cumsum(0, dtype=torch.int32))
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_RI, weight, counts, store):
+    def forward(ctx, input_RI, weight, rows, store):
         ctx.save_for_backward(input_RI)
-        ctx.weight, ctx.counts, ctx.store = weight, counts, store
-        return _grouped_matmul(input_RI, local(weight).flatten(1, -2).transpose(1, 2), counts)
+        ctx.weight, ctx.rows, ctx.store = weight, rows, store
+        return _multiply(input_RI, local(weight).flatten(1, -2).transpose(1, 2), rows)
 
     @staticmethod
     def backward(ctx, grad_RO):
         (input_RI,) = ctx.saved_tensors
-        weight, counts, store = ctx.weight, ctx.counts, ctx.store
-        grad_RO, grad_input, grad_weight = grad_RO.contiguous(), None, None
-        if ctx.needs_input_grad[0]:
-            grad_input = _grouped_matmul(grad_RO, local(weight).flatten(1, -2), counts)
-        if ctx.needs_input_grad[1] and store is not None:
-            store.add(partial(_add_grouped_product, weight, grad_RO, input_RI.detach(), counts))
-        elif ctx.needs_input_grad[1]:
-            grad_weight = like_parameter(_grouped_product(weight, grad_RO, input_RI, counts), weight)
-        return grad_input, grad_weight, None, None
+        return *gradients(ctx, grad_RO.contiguous(), input_RI), None, None
 
 
-def _grouped_matmul(rows_RX: Tensor, weights_EXY: Tensor, counts: Sequence[int]) -> Tensor:
-    """``rows @ weights[e]`` for each group of rows. One launch on a GPU, one an expert on a CPU."""
-    if rows_RX.is_cuda:
-        return torch.nn.functional.grouped_mm(rows_RX, weights_EXY, offs=_offsets(counts, rows_RX.device))
+def gradients(ctx, grad_RO: Tensor, input_RI: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of the input and of the weight, as far as they are wanted here and now.
+
+    Args:
+        ctx: of a function whose first two inputs they are, with ``weight``, ``rows`` and ``store``.
+        grad_RO: ``[R, O]``, contiguous, of the product.
+        input_RI: ``[R, I]``.
+    """
+    weight, rows, store = ctx.weight, ctx.rows, ctx.store
+    grad_input, grad_weight = None, None
+    if ctx.needs_input_grad[0]:
+        grad_input = _multiply(grad_RO, local(weight).flatten(1, -2), rows)
+    if ctx.needs_input_grad[1] and store is not None:
+        store.add(partial(_add_weight_gradient, weight, grad_RO, input_RI.detach(), rows))
+    elif ctx.needs_input_grad[1]:
+        grad_weight = like_parameter(_weight_gradient(weight, grad_RO, input_RI, rows), weight)
+    return grad_input, grad_weight
+
+
+def _multiply(rows_RX: Tensor, weights_EXY: Tensor, rows: Rows) -> Tensor:
+    """``rows @ weights[e]`` for each group of rows."""
+    if is_fake(rows_RX):
+        return rows_RX.new_empty(rows_RX.shape[0], weights_EXY.shape[2])
+    if rows.ends is not None:
+        if _by_triton(rows_RX, weights_EXY):
+            return _triton().matmul(rows_RX.contiguous(), weights_EXY, rows.ends)
+        return F.grouped_mm(rows_RX, weights_EXY, offs=rows.ends)
+    assert rows.counts is not None
     result = rows_RX.new_empty(rows_RX.shape[0], weights_EXY.shape[2])
     start = 0
-    for weight_XY, count in zip(weights_EXY.unbind(), counts, strict=True):
+    for weight_XY, count in zip(weights_EXY.unbind(), rows.counts, strict=True):
         if count:
             torch.mm(rows_RX[start : start + count], weight_XY, out=result[start : start + count])
             start += count
@@ -129,30 +182,35 @@ def _grouped_matmul(rows_RX: Tensor, weights_EXY: Tensor, counts: Sequence[int])
 
 
 @torch.no_grad()
-def _add_grouped_product(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, counts: Sequence[int]) -> None:
+def _add_weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows: Rows) -> None:
     if weight.grad is None:
-        weight.grad = like_parameter(_grouped_product(weight, grad_RO, input_RI, counts), weight)
+        weight.grad = like_parameter(_weight_gradient(weight, grad_RO, input_RI, rows), weight)
         return
     gradient_EOI = local(weight.grad).flatten(1, -2)
-    if grad_RO.is_cuda:
-        gradient_EOI.add_(torch.nn.functional.grouped_mm(grad_RO.t(), input_RI, offs=_offsets(counts, grad_RO.device)))
+    if rows.ends is not None:
+        if _by_triton(grad_RO, input_RI) and gradient_EOI.is_contiguous():
+            _triton().outer(grad_RO, input_RI.contiguous(), rows.ends, add_to=gradient_EOI)
+        else:
+            gradient_EOI.add_(_products(grad_RO, input_RI, rows.ends))
         return
+    assert rows.counts is not None
     start = 0
-    for gradient_OI, count in zip(gradient_EOI.unbind(), counts, strict=True):
+    for gradient_OI, count in zip(gradient_EOI.unbind(), rows.counts, strict=True):
         if count:
             gradient_OI.addmm_(grad_RO[start : start + count].t(), input_RI[start : start + count])
             start += count
 
 
-def _grouped_product(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, counts: Sequence[int]) -> Tensor:
+def _weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows: Rows) -> Tensor:
     """The weight gradient of one microbatch, in the shape of ``weight``'s local shard."""
-    shape = local(weight).shape
-    if grad_RO.is_cuda:
-        offsets = _offsets(counts, grad_RO.device)
-        return torch.nn.functional.grouped_mm(grad_RO.t(), input_RI, offs=offsets).view(shape)
+    if is_fake(grad_RO):
+        return torch.empty_like(local(weight))
+    if rows.ends is not None:
+        return _products(grad_RO, input_RI, rows.ends).view(local(weight).shape)
+    assert rows.counts is not None
     gradient = torch.empty_like(local(weight))
     start = 0
-    for gradient_OI, count in zip(gradient.flatten(1, -2).unbind(), counts, strict=True):
+    for gradient_OI, count in zip(gradient.flatten(1, -2).unbind(), rows.counts, strict=True):
         if count:
             torch.mm(grad_RO[start : start + count].t(), input_RI[start : start + count], out=gradient_OI)
             start += count
@@ -161,5 +219,17 @@ def _grouped_product(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, counts: 
     return gradient
 
 
-def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+def _products(grad_RO: Tensor, input_RI: Tensor, ends_E: Tensor) -> Tensor:
+    if _by_triton(grad_RO, input_RI):
+        return _triton().outer(grad_RO, input_RI.contiguous(), ends_E)
+    return F.grouped_mm(grad_RO.t(), input_RI, offs=ends_E)
+
+
+def _by_triton(left: Tensor, right: Tensor) -> bool:
+    return triton.takes(left, right) and not _triton().library_multiplies(left, right.shape[-1])
+
+
+def _triton() -> ModuleType:
+    from r1mega.kernels.triton import grouped
+
+    return grouped

@@ -1,8 +1,8 @@
-"""Moving token rows to expert order and back: ``permute`` and ``combine``, each the other's backward.
+"""Copying token rows to expert order. Its backward sums the rows of each token, as ``combine`` does.
 
-The rows of an expert stand together, experts in order, in the order of their ranks (``r1mega.kernels.route``). So the
-row of a choice is ``first row of its expert + rank``: no sort, and the C++ kernel computes it inside the copy.
-Shapes: T tokens, K choices a token, E experts, H hidden, R routed rows.
+The rows of an expert stand together, experts in order, in the order of the tokens. The row of a choice is ``first row
+of its tile and expert + rank`` (``r1mega.kernels.route``): no sort, and the kernels compute it inside the copy.
+Shapes: T tokens, K choices a token, E experts, H hidden, R routed rows, N tiles of tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1mega.kernels import native
+from r1mega.kernels import cuda, native, triton
+from r1mega.kernels.fake import is_fake
+from r1mega.kernels.route import TILE_TOKENS, first_rows
 
 
 @dataclass
@@ -41,6 +43,7 @@ def permute(
     counts_E: Tensor,
     may_drop: bool = False,
     capacity: int | None = None,
+    first_row_NE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RowMap]:
     """Copy each token and its weights to its routed rows.
 
@@ -48,47 +51,35 @@ def permute(
         input_TH: ``[T, H]``.
         weights_TK: ``[T, K]``.
         experts_TK: ``[T, K]`` int64; E marks a dropped choice.
-        ranks_TK: ``[T, K]`` int64, of each choice among those of its expert.
+        ranks_TK: ``[T, K]`` int64, of each choice among those of its tile and expert.
         counts_E: ``[E]`` int64, choices of each expert.
         may_drop: whether there may be dropped choices.
         capacity: give each expert exactly this many rows, at least its count; the added ones are zero.
+        first_row_NE: ``[N, E]`` int64, what :func:`r1mega.kernels.route.route` gave with these ranks; None where ranks
+            were counted over all tokens, as :func:`r1mega.kernels.route.rank_choices` does.
 
     Returns:
         rows ``[R, H]``, their weights ``[R]`` and the map that :func:`combine` takes.
     """
-    if capacity is None:
-        num_rows = int(counts_E.sum()) if may_drop else experts_TK.numel()
-        first_of_expert = counts_E.cumsum(0) - counts_E
-    else:
+    num_rows = int(counts_E.sum()) if may_drop and capacity is None else experts_TK.numel()
+    if first_row_NE is None:
+        first_row_NE = first_rows(counts_E).unsqueeze(0)
+    if capacity is not None:
         num_rows = counts_E.shape[0] * capacity
-        first_of_expert = torch.arange(0, num_rows, capacity, device=counts_E.device) if capacity else counts_E
+        first_of_expert = torch.arange(counts_E.shape[0], device=counts_E.device) * capacity
+        first_row_NE = first_row_NE - first_row_NE[0] + first_of_expert
     row_map = RowMap(torch.empty_like(experts_TK), num_rows, may_drop, capacity is not None)
-    rows, weights = _Permute.apply(input_TH, weights_TK, experts_TK, ranks_TK, first_of_expert, row_map)
+    rows, weights = _Permute.apply(input_TH, weights_TK, experts_TK, ranks_TK, first_row_NE, row_map)
     return rows, weights, row_map
-
-
-def combine(rows_RH: Tensor, row_map: RowMap) -> Tensor:
-    """Sum the routed rows of each token: ``[R, H] -> [T, H]``; a token without rows gets zeros."""
-    return _Combine.apply(rows_RH, row_map)
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_TH, weights_TK, experts_TK, ranks_TK, first_of_expert, row_map):
+    def forward(ctx, input_TH, weights_TK, experts_TK, ranks_TK, first_row_NE, row_map):
         ctx.row_map = row_map
         ctx.set_materialize_grads(False)
-        num_tokens, top_k = experts_TK.shape
-        if not native.takes(input_TH):
-            find_rows(experts_TK, ranks_TK, first_of_expert, row_map)
-            return reference_copy_rows(input_TH, row_map), _copy_weights(weights_TK, row_map)
-        input_TH = input_TH.contiguous()
-        out, row_bytes = _rows_for(input_TH, row_map)
-        native.call(
-            "permute", None, input_TH, experts_TK.contiguous(), ranks_TK.contiguous(), first_of_expert,
-            row_map.row_of_choice, out, num_tokens, first_of_expert.shape[0], top_k, row_bytes,
-            native.streams(out, row_bytes),
-        )  # fmt: skip
-        return out, _copy_weights(weights_TK, row_map)
+        rows = _rows_of(input_TH.contiguous(), experts_TK, ranks_TK, first_row_NE, row_map)
+        return rows, _copy_weights(weights_TK, row_map)
 
     @staticmethod
     def backward(ctx, grad_RH, grad_R):
@@ -103,26 +94,42 @@ class _Permute(torch.autograd.Function):
         return grad_input, grad_weights, None, None, None, None
 
 
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_RH, row_map):
-        ctx.row_map = row_map
-        return _sum_rows(rows_RH, row_map)
+def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_NE: Tensor, row_map: RowMap) -> Tensor:
+    """Copy the rows, and fill ``row_map.row_of_choice``."""
+    num_tiles, num_experts = first_row_NE.shape
+    if native.takes(input_TH) and num_tiles == 1:
+        out, row_bytes = _rows_for(input_TH, row_map)
+        native.call(
+            "permute", None, input_TH, experts_TK.contiguous(), ranks_TK.contiguous(), first_row_NE.contiguous(),
+            row_map.row_of_choice, out, experts_TK.shape[0], num_experts, experts_TK.shape[1], row_bytes,
+            native.streams(out, row_bytes),
+        )  # fmt: skip
+        return out
+    on_gpu = None
+    if cuda.takes(input_TH, experts_TK, ranks_TK, first_row_NE):
+        on_gpu = cuda.permute
+    elif triton.takes(input_TH):
+        from r1mega.kernels.triton.permute import permute as on_gpu
+    if on_gpu is not None:
+        rows, row_map.row_of_choice = on_gpu(
+            input_TH, experts_TK.contiguous(), ranks_TK.contiguous(), first_row_NE.contiguous(), row_map.num_rows,
+            row_map.padded,
+        )  # fmt: skip
+        return rows
+    find_rows(experts_TK, ranks_TK, first_row_NE, row_map)
+    return _copy_rows(input_TH, row_map)
 
-    @staticmethod
-    def backward(ctx, grad_TH):
-        return _copy_rows(grad_TH, ctx.row_map), None
 
-
-def find_rows(experts_TK: Tensor, ranks_TK: Tensor, first_of_expert: Tensor, row_map: RowMap) -> None:
-    """Fill ``row_map.row_of_choice`` as the C++ permute does."""
-    num_experts = first_of_expert.shape[0]
-    if not row_map.dropped:
-        torch.add(first_of_expert[experts_TK], ranks_TK, out=row_map.row_of_choice)
-        return
-    kept = experts_TK < num_experts
-    rows = first_of_expert[experts_TK.clamp(max=num_experts - 1)] + ranks_TK
-    row_map.row_of_choice.copy_(rows.masked_fill_(~kept, -1))
+def find_rows(experts_TK: Tensor, ranks_TK: Tensor, first_row_NE: Tensor, row_map: RowMap) -> None:
+    """Fill ``row_map.row_of_choice`` as the kernels do."""
+    num_tiles, num_experts = first_row_NE.shape
+    place = experts_TK.clamp(max=num_experts - 1) if row_map.dropped else experts_TK
+    if num_tiles > 1:
+        tile = torch.arange(experts_TK.shape[0], device=experts_TK.device) // TILE_TOKENS
+        place = place + (tile * num_experts).unsqueeze(1)
+    rows = torch.add(first_row_NE.flatten()[place], ranks_TK, out=row_map.row_of_choice)
+    if row_map.dropped:
+        rows.masked_fill_(experts_TK == num_experts, -1)
 
 
 def _copy_weights(weights_TK: Tensor, row_map: RowMap) -> Tensor:
@@ -140,13 +147,21 @@ def _rows_for(input_TH: Tensor, row_map: RowMap) -> tuple[Tensor, int]:
 
 
 def _copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
-    if not native.takes(input_TH):
-        return reference_copy_rows(input_TH, row_map)
-    input_TH = input_TH.contiguous()
-    out, row_bytes = _rows_for(input_TH, row_map)
     rows = row_map.row_of_choice
-    native.call("copy_rows", None, input_TH, rows, out, *rows.shape, row_bytes, native.streams(out, row_bytes))
-    return out
+    if native.takes(input_TH):
+        input_TH = input_TH.contiguous()
+        out, row_bytes = _rows_for(input_TH, row_map)
+        native.call("copy_rows", None, input_TH, rows, out, *rows.shape, row_bytes, native.streams(out, row_bytes))
+        return out
+    if is_fake(input_TH):
+        return input_TH.new_empty(row_map.num_rows, input_TH.shape[1])
+    if cuda.takes(input_TH):
+        return cuda.copy_rows(input_TH.contiguous(), rows.contiguous(), row_map.num_rows, row_map.padded)
+    if triton.takes(input_TH):
+        from r1mega.kernels.triton.combine import copy_rows
+
+        return copy_rows(input_TH.contiguous(), rows.contiguous(), row_map.num_rows, row_map.padded)
+    return reference_copy_rows(input_TH, row_map)
 
 
 def reference_copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
@@ -164,26 +179,34 @@ def reference_copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
 
 
 def _sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:
-    if not native.takes(rows_RH):
-        return reference_sum_rows(rows_RH, row_map)
-    rows_RH = rows_RH.contiguous()
     num_tokens, top_k = row_map.row_of_choice.shape
-    out = native.empty((num_tokens, rows_RH.shape[1]), rows_RH)
-    native.call("sum_rows", rows_RH, rows_RH, row_map.row_of_choice, out, num_tokens, top_k, rows_RH.shape[1])
-    return out
+    if native.takes(rows_RH):
+        rows_RH = rows_RH.contiguous()
+        out = native.empty((num_tokens, rows_RH.shape[1]), rows_RH)
+        native.call("sum_rows", rows_RH, rows_RH, row_map.row_of_choice, out, num_tokens, top_k, rows_RH.shape[1])
+        return out
+    if is_fake(rows_RH):
+        return rows_RH.new_empty(num_tokens, rows_RH.shape[1])
+    if triton.takes(rows_RH):
+        from r1mega.kernels.triton.combine import sum_rows
+
+        return sum_rows(rows_RH.contiguous(), row_map.row_of_choice.contiguous())
+    return reference_sum_rows(rows_RH, row_map)
 
 
-def reference_sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:
-    """Row t of the result is the sum of the rows that the choices of token t own."""
+def reference_sum_rows(rows_RH: Tensor, row_map: RowMap, weights_TK: Tensor | None = None) -> Tensor:
+    """Row t of the result is the sum of the rows that the choices of token t own, each times its weight."""
     rows = row_map.row_of_choice
     # embedding_bag sums without writing the gathered rows; it wants one row at least.
     if rows_RH.shape[0] == 0 or rows.numel() == 0:
         return rows_RH.new_zeros(rows.shape[0], rows_RH.shape[1])
+    rows_RH = rows_RH.contiguous()
     if not row_map.dropped:
-        return F.embedding_bag(rows, rows_RH.contiguous(), mode="sum")
+        return F.embedding_bag(rows, rows_RH, mode="sum", per_sample_weights=weights_TK)
     kept = rows >= 0
-    kept_of_token = kept.sum(1)
-    return F.embedding_bag(rows[kept], rows_RH.contiguous(), kept_of_token.cumsum(0) - kept_of_token, mode="sum")
+    first = kept.sum(1).cumsum(0) - kept.sum(1)
+    weights = None if weights_TK is None else weights_TK[kept]
+    return F.embedding_bag(rows[kept], rows_RH, first, mode="sum", per_sample_weights=weights)
 
 
 class _Reorder(torch.autograd.Function):

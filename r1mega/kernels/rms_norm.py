@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1mega.kernels import native
+from r1mega.kernels import native, triton
 from r1mega.kernels.parameter import WeightGradients, gradient_buffer, like_parameter, local
 
 
@@ -50,6 +50,8 @@ def _forward(input_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Te
     """The result and ``1 / sqrt(mean(input**2) + eps)`` of each row, which has a last dimension of 1."""
     stride = native.row_stride(input_TH)
     if stride is None or not native.takes(input_TH, weight_H):
+        if stride is not None and triton.takes(input_TH, weight_H):
+            return _triton_forward(input_TH, weight_H, eps)
         return _reference_forward(input_TH, weight_H, eps)
     out = native.empty(input_TH.shape, input_TH)
     scale = input_TH.new_empty(*input_TH.shape[:-1], 1)
@@ -62,6 +64,8 @@ def _backward(grad_TH: Tensor, input_TH: Tensor, weight_H: Tensor, scale: Tensor
     """The input's gradient, and rows ``[..., H]`` whose sum is the weight's."""
     stride = native.row_stride(input_TH)
     if stride is None or not native.takes(grad_TH, input_TH, weight_H):
+        if stride is not None and triton.takes(grad_TH, input_TH, weight_H):
+            return _triton_backward(grad_TH, input_TH, weight_H, scale)
         return _reference_backward(grad_TH, input_TH, weight_H, scale)
     assert native.library is not None
     num_rows, width = scale.numel(), input_TH.shape[-1]
@@ -72,6 +76,27 @@ def _backward(grad_TH: Tensor, input_TH: Tensor, weight_H: Tensor, scale: Tensor
         grad_input, partial, num_rows, width,
     )  # fmt: skip
     return grad_input, partial
+
+
+def _triton_forward(input_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from r1mega.kernels.triton import rms_norm as kernels
+
+    width = input_TH.shape[-1]
+    if width > kernels.WIDEST or input_TH.numel() == 0:
+        return _reference_forward(input_TH, weight_H, eps)
+    out, scale = kernels.rms_norm(input_TH.view(-1, width), weight_H.contiguous(), eps)
+    return out.view(input_TH.shape), scale.view(*input_TH.shape[:-1], 1)
+
+
+def _triton_backward(grad_TH: Tensor, input_TH: Tensor, weight_H: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    from r1mega.kernels.triton import rms_norm as kernels
+
+    width = input_TH.shape[-1]
+    if width > kernels.WIDEST or input_TH.numel() == 0:
+        return _reference_backward(grad_TH, input_TH, weight_H, scale)
+    grad, x = grad_TH.contiguous().view(-1, width), input_TH.view(-1, width)
+    grad_input, partial = kernels.rms_norm_backward(grad, x, weight_H.contiguous(), scale.view(-1))
+    return grad_input.view(input_TH.shape), partial
 
 
 def _reference_forward(input_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:

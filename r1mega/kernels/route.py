@@ -9,18 +9,25 @@ E experts, K choices a token, G groups of experts.
   among experts. NaN is greater than all numbers, as for ``torch.topk``: a token with NaN in its scores gets valid
   experts and a weight that is NaN, so that a broken model is seen.
 * The rank of a choice is the number of earlier choices of the same expert, counted token by token: with it, the place
-  of each row is known before any row is moved, and it is the same in every run.
+  of each row is known before any row is moved, and it is the same in every run. It is counted inside a tile of tokens,
+  since tiles are worked on side by side: the row of a choice is the first row of its tile and expert plus the rank.
+  On the CPU one tile has all tokens; on a GPU a tile has :data:`TILE_TOKENS`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from r1mega.kernels import native
+from r1mega.kernels import cuda, native, triton
+
+TILE_TOKENS = cuda.TILE_TOKENS
 
 
 @dataclass
@@ -51,34 +58,56 @@ class Choices:
     Args:
         experts_TK: ``[T, K]`` int64, best first.
         weights_TK: ``[T, K]`` in the type of the logits, differentiable.
-        ranks_TK: ``[T, K]`` int64, how many earlier choices went to the same expert.
+        ranks_TK: ``[T, K]`` int64, how many earlier choices of the tile went to the same expert.
         counts_E: ``[E]`` int64, choices of each expert.
-        scores_TE: ``[T, E]``, differentiable.
+        first_row_NE: ``[N, E]`` int64, the row of the first choice of each tile and expert, where the rows of an expert
+            stand together, experts in order.
+        sum_scores: makes :attr:`score_sums_E`.
+        scores_TE: ``[T, E]``, differentiable; None where they were not asked for.
     """
 
     experts_TK: Tensor
     weights_TK: Tensor
     ranks_TK: Tensor
     counts_E: Tensor
-    scores_TE: Tensor
+    first_row_NE: Tensor
+    sum_scores: Callable[[], Tensor]
+    scores_TE: Tensor | None = None
+
+    @cached_property
+    def score_sums_E(self) -> Tensor:
+        """``[E]``, the sum over tokens of the scores, each token's divided by their sum; without gradient."""
+        return self.sum_scores()
 
 
-def route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions) -> Choices:
+def route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions, with_scores: bool = False) -> Choices:
     """Choose K experts for each token; see the head of this file.
 
     Args:
         logits_TE: ``[T, E]`` float32 or wider.
         bias_E: ``[E]``, added for the choice but not to the weights; no gradient.
         options: how.
+        with_scores: give all scores, too; a GPU has to write them for that.
     """
     if bias_E is not None:
         bias_E = bias_E.to(logits_TE.dtype)
     if native.takes(logits_TE, bias_E) and _fits(options, logits_TE.shape[1]):
-        return Choices(*_Route.apply(logits_TE, bias_E, options))
-    return reference_route(logits_TE, bias_E, options)
+        experts, weights, ranks, counts, scores = _Route.apply(logits_TE, bias_E, options)
+        first_row = first_rows(counts).unsqueeze(0)
+        return Choices(
+            experts, weights, ranks, counts, first_row, partial(score_sums, scores), scores if with_scores else None
+        )
+    kernels = _gpu_kernels(logits_TE, bias_E, options)
+    if kernels is not None:
+        experts, weights, ranks, counts, first_row, sums = _RouteOnGPU.apply(logits_TE, bias_E, options, kernels)
+        scores = _scores(logits_TE, options) if with_scores else None
+        return Choices(experts, weights, ranks, counts, first_row, lambda: sums, scores)
+    return reference_route(logits_TE, bias_E, options, with_scores)
 
 
-def reference_route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions) -> Choices:
+def reference_route(
+    logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions, with_scores: bool = False
+) -> Choices:
     """:func:`route` in PyTorch's operations."""
     scores = _scores(logits_TE, options)
     experts = choose_experts(scores, bias_E, options)
@@ -86,7 +115,22 @@ def reference_route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOpti
     if options.normalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     ranks, counts = reference_rank_choices(experts, logits_TE.shape[1])
-    return Choices(experts, weights * options.factor, ranks, counts, scores)
+    first_row = first_rows(counts).unsqueeze(0)
+    weights = weights * options.factor
+    return Choices(
+        experts, weights, ranks, counts, first_row, partial(score_sums, scores), scores if with_scores else None
+    )
+
+
+def first_rows(counts_E: Tensor) -> Tensor:
+    """The first row of each expert, ``[E]``."""
+    return counts_E.cumsum(0) - counts_E
+
+
+def score_sums(scores_TE: Tensor) -> Tensor:
+    """:attr:`Choices.score_sums_E` of these scores."""
+    scores_TE = scores_TE.detach()
+    return (scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)).sum(0)
 
 
 def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, options: RouteOptions) -> Tensor:
@@ -117,11 +161,11 @@ def rank_choices(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def reference_rank_choices(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """:func:`rank_choices` in PyTorch's operations, by a stable sort."""
     flat = experts_TK.flatten()
-    counts = torch.bincount(flat, minlength=num_experts + 1)
+    # Not bincount: on a GPU it waits for the greatest value, and it has no shape where there are no numbers.
+    counts = flat.new_zeros(num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))
     order = flat.argsort(stable=True)
-    first_of_expert = counts.cumsum(0) - counts
     ranks = torch.empty_like(flat)
-    ranks[order] = torch.arange(flat.shape[0], device=flat.device) - first_of_expert[flat[order]]
+    ranks[order] = torch.arange(flat.shape[0], device=flat.device) - first_rows(counts)[flat[order]]
     return ranks.view_as(experts_TK), counts[:num_experts]
 
 
@@ -131,6 +175,20 @@ def _best_first(values: Tensor) -> Tensor:
 
 def _scores(logits_TE: Tensor, options: RouteOptions) -> Tensor:
     return logits_TE.sigmoid() if options.score_function == "sigmoid" else logits_TE.softmax(dim=-1)
+
+
+def _gpu_kernels(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions) -> ModuleType | None:
+    """The kernels that run for these on a GPU: CUDA's, then Triton's."""
+    if cuda.takes_route(logits_TE, bias_E, options):
+        return cuda
+    num_tokens, num_experts = logits_TE.shape
+    whole_groups = num_experts % options.num_groups == 0 and 0 < options.top_k_groups <= options.num_groups
+    fits = num_tokens > 0 and 0 < options.top_k <= num_experts and whole_groups
+    if not fits or logits_TE.dtype != torch.float32 or not triton.takes(logits_TE, bias_E):
+        return None
+    from r1mega.kernels.triton import route as kernels
+
+    return kernels
 
 
 def _fits(options: RouteOptions, num_experts: int) -> bool:
@@ -176,3 +234,35 @@ class _Route(torch.autograd.Function):
             options.top_k, options.normalize, options.score_function == "softmax", options.factor,
         )  # fmt: skip
         return grad_logits, None, None
+
+
+class _RouteOnGPU(torch.autograd.Function):
+    """Keeps the chosen experts and their scores; the logits only where the gradient needs all scores.
+
+    ``kernels`` is a module with ``route``, ``route_backward`` and ``needs_logits``.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, bias, options, kernels):
+        logits = logits.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        experts, weights, ranks, tile_counts, sums, chosen_scores = kernels.route(logits, bias, options)
+        if kernels is cuda:
+            first_row, counts, sums = cuda.scan(tile_counts, sums)
+        else:
+            from r1mega.kernels.triton.permute import scan
+
+            first_row, counts = scan(tile_counts)
+        ctx.save_for_backward(experts, chosen_scores, logits if kernels.needs_logits(options) else None)
+        ctx.options, ctx.num_experts, ctx.kernels = options, logits.shape[1], kernels
+        ctx.mark_non_differentiable(experts, ranks, counts, first_row, sums)
+        ctx.set_materialize_grads(False)
+        return experts, weights, ranks, counts, first_row, sums
+
+    @staticmethod
+    def backward(ctx, _experts, grad_weights, *_others):
+        if grad_weights is None:
+            return None, None, None, None
+        experts, chosen_scores, logits = ctx.saved_tensors
+        given = grad_weights.contiguous(), experts, chosen_scores, ctx.num_experts, ctx.options, logits
+        return ctx.kernels.route_backward(*given), None, None, None

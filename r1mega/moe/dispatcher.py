@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1mega.kernels.permute import RowMap, _copy_rows, combine, permute
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import RowMap, _copy_rows, permute
 from r1mega.kernels.route import rank_choices
 from r1mega.moe.collectives import Counts
 from r1mega.moe.exchanges import ExpertRanks, Plan, ToExperts, ToTokens
@@ -155,7 +156,7 @@ class AllToAllDispatcher:
             return self.prepare_chunks(hidden_TH, routing, 1, padded_capacity)[0]
         rows, weights, row_map = permute(
             hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, routing.counts_E, may_drop,
-            padded_capacity,
+            padded_capacity, routing.first_row_NE,
         )  # fmt: skip
         counts: list[int] | Tensor = routing.counts_E
         if padded_capacity is not None:

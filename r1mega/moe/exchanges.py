@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1mega.kernels.permute import RowMap, _copy_rows, combine, permute
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import RowMap, _copy_rows, permute
 from r1mega.kernels.route import rank_choices
 from r1mega.moe.collectives import Counts, InFlight, Splits, gather, scatter, start_exchange
 from r1mega.moe.wire import RowFormat

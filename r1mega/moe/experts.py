@@ -5,8 +5,7 @@ Shapes: R routed rows, H hidden, E local experts, F expert width of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import Shard
 
 from r1mega.config import MoEConfig
-from r1mega.kernels.linear import grouped_linear
+from r1mega.kernels.grouped_swiglu import grouped_swiglu
+from r1mega.kernels.linear import Counts, grouped_linear
 from r1mega.kernels.parameter import WeightGradients
 from r1mega.kernels.swiglu import weighted_swiglu
 from r1mega.parallel_state import ParallelState
@@ -48,7 +48,7 @@ class Experts(nn.Module):
         self,
         rows_RH: Tensor,
         weights_R: Tensor,
-        counts: Sequence[int] | Tensor,
+        counts: Counts,
         rows_again: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Run each row through its expert.
@@ -64,19 +64,19 @@ class Experts(nn.Module):
             ``[R, H]``.
         """
         store = self.weight_gradients
+        if rows_again is None:
+            hidden_RF = grouped_swiglu(rows_RH, self.gate_up_proj, weights_R, counts, store)
+            return grouped_linear(hidden_RF, self.down_proj, counts, store)
         with _made_again(rows_RH, rows_again):
-            gate_up_RF = grouped_linear(rows_RH, self.gate_up_proj, counts, store)  # type: ignore[arg-type]
+            gate_up_RF = grouped_linear(rows_RH, self.gate_up_proj, counts, store)
         hidden_RF = weighted_swiglu(gate_up_RF, weights_R)
         gate_up, weights = gate_up_RF.detach(), weights_R.detach()
-        again = None if rows_again is None else lambda: weighted_swiglu(gate_up, weights)
-        with _made_again(hidden_RF, again):
-            return grouped_linear(hidden_RF, self.down_proj, counts, store)  # type: ignore[arg-type]
+        with _made_again(hidden_RF, lambda: weighted_swiglu(gate_up, weights)):
+            return grouped_linear(hidden_RF, self.down_proj, counts, store)
 
 
-def _made_again(tensor: Tensor, make: Callable[[], Tensor] | None) -> AbstractContextManager[object]:
+def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> saved_tensors_hooks:
     """While inside, autograd keeps ``make`` in place of ``tensor``, and calls it when the backward wants the tensor."""
-    if make is None:
-        return nullcontext()
     address, shape = tensor.data_ptr(), tensor.shape
 
     def pack(saved: Tensor) -> object:

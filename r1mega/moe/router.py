@@ -30,9 +30,10 @@ class Routing:
     Args:
         experts_TK: ``[T, K]`` int64; E marks a choice dropped for capacity.
         weights_TK: ``[T, K]`` float32 or wider; carries the router's gradient.
-        ranks_TK: ``[T, K]`` int64, how many earlier choices of these tokens went to the same expert.
+        ranks_TK: ``[T, K]`` int64, how many earlier choices of these tokens, or of their tile, went to the same expert.
         counts_E: ``[E]`` int64, choices of each expert.
         losses: scalar losses by name, already weighted and divided by global counts.
+        first_row_NE: ``[N, E]`` int64, where the rows of each tile and expert begin; None where ranks count all tokens.
     """
 
     experts_TK: Tensor
@@ -40,6 +41,7 @@ class Routing:
     ranks_TK: Tensor
     counts_E: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
+    first_row_NE: Tensor | None = None
 
 
 def balance_loss(probabilities_TE: Tensor, counts_BE: Tensor, sequence_T: Tensor, length: int, top_k: int) -> Tensor:
@@ -128,21 +130,26 @@ class Router(nn.Module):
             logits = linear(hidden_TH, self.weight, self.weight_gradients)
         else:
             logits = linear(hidden_TH.to(wide), self.weight.to(wide))
-        chosen = route(logits, self.e_score_correction_bias, self.options)
-        routing = Routing(chosen.experts_TK, chosen.weights_TK, chosen.ranks_TK, chosen.counts_E)
+        with_losses = torch.is_grad_enabled()
+        with_scores = config.force_balance or (with_losses and config.aux_loss_coefficient != 0)
+        chosen = route(logits, self.e_score_correction_bias, self.options, with_scores)
+        routing = Routing(
+            chosen.experts_TK, chosen.weights_TK, chosen.ranks_TK, chosen.counts_E, first_row_NE=chosen.first_row_NE
+        )
         first = self.group.rank() * hidden_TH.shape[0]
         position = torch.arange(first, first + hidden_TH.shape[0], device=hidden_TH.device)
         if config.force_balance:
             self._balance(routing, chosen.scores_TE, position)
-        if torch.is_grad_enabled():
+        if with_losses:
             self.tokens_per_expert += routing.counts_E
             self._add_losses(routing, logits, chosen.scores_TE, position // length, length, num_sequences)
         if config.capacity_factor is not None:
             self._drop(routing, length)
         return routing
 
-    def _balance(self, routing: Routing, scores: Tensor, position: Tensor) -> None:
+    def _balance(self, routing: Routing, scores: Tensor | None, position: Tensor) -> None:
         """Put other experts, all in turn, into ``routing``, with the weights that their scores give."""
+        assert scores is not None
         config = self.config
         slots = position.unsqueeze(1) * config.top_k + torch.arange(config.top_k, device=position.device)
         routing.experts_TK = slots % config.num_experts
@@ -150,13 +157,20 @@ class Router(nn.Module):
         if config.normalize_top_k:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         routing.weights_TK = weights * config.routed_scaling_factor
-        routing.ranks_TK, routing.counts_E = rank_choices(routing.experts_TK, config.num_experts)
+        self._rank(routing)
 
     def _add_losses(
-        self, routing: Routing, logits: Tensor, scores: Tensor, sequence_T: Tensor, length: int, num_sequences: int
+        self,
+        routing: Routing,
+        logits: Tensor,
+        scores: Tensor | None,
+        sequence_T: Tensor,
+        length: int,
+        num_sequences: int,
     ) -> None:
         config = self.config
         if config.aux_loss_coefficient:
+            assert scores is not None
             probabilities = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
             counts = self._counts_of_sequences(routing.experts_TK, sequence_T, length)
             loss = balance_loss(probabilities, counts, sequence_T, length, config.top_k)
@@ -164,6 +178,11 @@ class Router(nn.Module):
         if config.z_loss_coefficient:
             loss = logits.logsumexp(dim=-1).square().sum()
             routing.losses["z_loss"] = loss * (config.z_loss_coefficient / (num_sequences * length))
+
+    def _rank(self, routing: Routing) -> None:
+        """Ranks and counts of other experts than the kernel chose."""
+        routing.ranks_TK, routing.counts_E = rank_choices(routing.experts_TK, self.config.num_experts)
+        routing.first_row_NE = None
 
     def _counts_of_sequences(self, experts_TK: Tensor, sequence_T: Tensor, length: int) -> Tensor:
         num_sequences = experts_TK.shape[0] * self.group.size() // length
@@ -182,7 +201,7 @@ class Router(nn.Module):
         capacity = expert_capacity(config, length)
         experts = drop_over_capacity(experts, weights, length, config.num_experts, capacity)
         routing.experts_TK = experts.chunk(self.group.size())[self.group.rank()]
-        routing.ranks_TK, routing.counts_E = rank_choices(routing.experts_TK, config.num_experts)
+        self._rank(routing)
 
 
 def expert_capacity(config: MoEConfig, length: int) -> int:

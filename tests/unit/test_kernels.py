@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 
 from r1mega.kernels import native
 from r1mega.kernels.attention import causal_attention
+from r1mega.kernels.grouped_swiglu import grouped_swiglu
 from r1mega.kernels.linear import grouped_linear, linear, linears
 from r1mega.kernels.rms_norm import rms_norm
 from r1mega.kernels.swiglu import swiglu, weighted_swiglu
@@ -30,6 +31,7 @@ def test_grouped_linear_is_a_product_an_expert_with_empty_experts_allowed():
     x, w, counts = random(6, 3), random(4, 2, 3), [2, 0, 4, 0]
     expected = torch.cat([F.linear(rows, w[e]) for e, rows in enumerate(x.split(counts))])
     torch.testing.assert_close(grouped_linear(x, w, counts), expected)
+    torch.testing.assert_close(grouped_linear(x, w, torch.tensor(counts)), expected)
     assert gradcheck(lambda x, w: grouped_linear(x, w, counts), (x, w))
 
 
@@ -45,6 +47,13 @@ def test_a_grouped_weight_of_two_parts_gives_their_products_side_by_side():
     expected = torch.cat([grouped_linear(x, both[:, part], counts) for part in range(2)], dim=1)
     torch.testing.assert_close(grouped_linear(x, both, counts), expected)
     assert gradcheck(lambda x, both: grouped_linear(x, both, counts), (x, both))
+
+
+def test_grouped_swiglu_is_a_grouped_product_and_its_swiglu(implementation):
+    x, both, weight, counts = random(6, 3), random(2, 2, 4, 3), random(6), [2, 4]
+    expected = weighted_swiglu(grouped_linear(x, both, counts), weight)
+    torch.testing.assert_close(grouped_swiglu(x, both, weight, counts), expected)
+    assert gradcheck(lambda x, both, weight: grouped_swiglu(x, both, weight, counts), (x, both, weight))
 
 
 @pytest.mark.parametrize("deferred", [False, True])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 from r1mega import cli
 from r1mega.config import Config
-from r1mega.kernels import native
+from r1mega.kernels import cuda, native
 from r1mega.kernels.overview import OPERATIONS
 from r1mega.train import pretrain
 
@@ -31,7 +33,7 @@ def test_every_operation_is_listed_and_exists(capsys: pytest.CaptureFixture[str]
     for operation in OPERATIONS:
         assert f"\n{operation.name} " in text
         assert callable(getattr(importlib.import_module(f"r1mega.kernels.{operation.module}"), operation.name))
-    assert native.reason in text
+    assert native.reason in text and cuda.reason in text
 
 
 def test_without_the_extension_every_operation_runs_pytorch_and_the_reason_is_said(
@@ -47,7 +49,42 @@ def test_without_the_extension_every_operation_runs_pytorch_and_the_reason_is_sa
 @pytest.mark.needs_extension
 def test_with_the_extension_every_operation_that_has_cpp_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
     for operation in json.loads(printed(capsys, "--json"))["operations"]:
-        assert operation["running"] == operation["implementations"][0]
+        assert operation["running"] == ("C++" if "C++" in operation["implementations"] else "PyTorch")
+
+
+def test_what_runs_on_the_gpu_is_said_only_where_there_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "reason", "it snows")
+    for built, expected in ((True, "CUDA"), (False, "PyTorch")):
+        monkeypatch.setattr(cuda, "library", object() if built else None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        table = json.loads(printed(capsys, "--json"))
+        assert table["cuda"] == {"available": built, "reason": "it snows"} and table["gpu"] == "a GPU"
+        on_gpu = {operation["name"]: operation["running_on_gpu"] for operation in table["operations"]}
+        assert on_gpu["route"] == on_gpu["permute"] == expected and on_gpu["linear"] == "PyTorch"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        table = json.loads(printed(capsys, "--json"))
+        assert {operation["running_on_gpu"] for operation in table["operations"]} == {None}
+        assert "no GPU here" in printed(capsys)
+
+
+@pytest.mark.parametrize("library", ["missing", "of other sources", "broken"])
+def test_a_cuda_library_that_cannot_be_used_is_no_error(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("R1MEGA_CUDA", raising=False)
+    path = tmp_path / "_cuda.so"
+    monkeypatch.setattr(cuda, "LIBRARY", path)
+    if library == "broken":
+        path.write_bytes(b"no library")
+    elif library == "of other sources":
+        path.write_bytes(b"")
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(r1mega_interface=lambda: -1))
+    found, reason = cuda._load()
+    expected = {"missing": "not built", "of other sources": "other sources", "broken": "does not load"}
+    assert found is None and expected[library] in reason and "nvcc" in reason
 
 
 @pytest.mark.parametrize("missing", [False, True])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from r1mega.kernels import native
-from r1mega.kernels.permute import combine, permute
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import permute
 from r1mega.kernels.route import rank_choices
 
 pytestmark = pytest.mark.needs_extension

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from r1mega.kernels import native
-from r1mega.kernels.permute import combine, permute
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import permute
 from r1mega.kernels.route import (
     RouteOptions,
     rank_choices,
@@ -50,8 +51,8 @@ def test_route_decides_exactly_as_the_reference(size, dtype, ties, level):
     for seed, function in enumerate(FUNCTIONS):
         logits, bias, options = case(size, function, dtype, ties, seed)
         for given in (bias, None):
-            actual, expected = (decide(logits, given, options) for decide in (route, reference_route))
-            for name in ("experts_TK", "ranks_TK", "counts_E", "scores_TE"):
+            actual, expected = (decide(logits, given, options, with_scores=True) for decide in (route, reference_route))
+            for name in ("experts_TK", "ranks_TK", "counts_E", "first_row_NE", "scores_TE"):
                 assert torch.equal(getattr(actual, name), getattr(expected, name)), name
             tolerance = 1e-6 if dtype == torch.float32 else 1e-13
             torch.testing.assert_close(actual.weights_TK, expected.weights_TK, rtol=tolerance, atol=tolerance)
@@ -65,7 +66,7 @@ def test_the_gradient_of_route_is_the_reference_s(function, used, level):
     for decide in (route, reference_route):
         logits, bias, options = case((200, 24, 4, 4, 2), function, torch.float64)
         logits.requires_grad_()
-        choices = decide(logits, bias, options)
+        choices = decide(logits, bias, options, with_scores=True)
         loss = torch.zeros((), dtype=torch.float64)
         if used != "scores":
             loss = loss + (choices.weights_TK * random(200, 4)).sum()
@@ -80,7 +81,7 @@ def test_route_passes_gradcheck(function, implementation):
     logits, bias, options = case((5, 6, 2, 3, 2), function, torch.float64)
 
     def differentiable(logits: Tensor) -> tuple[Tensor, Tensor]:
-        choices = route(logits, bias, options)
+        choices = route(logits, bias, options, with_scores=True)
         return choices.weights_TK, choices.scores_TE
 
     assert gradcheck(differentiable, (logits.requires_grad_(),))
@@ -106,7 +107,7 @@ def test_of_equal_scores_the_lower_expert_and_the_lower_group_win(implementation
 
 def test_infinite_logits_are_scores_of_one_and_zero(implementation):
     logits = torch.tensor([[-math.inf, 0.0, math.inf, 1.0]])
-    choices = route(logits, None, RouteOptions(3))
+    choices = route(logits, None, RouteOptions(3), with_scores=True)
     assert choices.experts_TK.tolist() == [[2, 3, 1]]
     assert choices.weights_TK.isfinite().all() and choices.scores_TE[0, 2] == 1 and choices.scores_TE[0, 0] == 0
 
@@ -172,7 +173,31 @@ def test_permute_and_combine_pass_gradcheck(implementation, kind):
     times = (experts < 5).sum(1, keepdim=True)
     torch.testing.assert_close(combine(rows, row_map), times * x)
     assert gradcheck(lambda x, weights: permuted(x, weights, experts, 5, **DROPS[kind])[:2], (x, weights))
-    assert gradcheck(lambda rows: combine(rows, row_map), (rows.detach().requires_grad_(),))
+    rows = rows.detach().requires_grad_()
+    assert gradcheck(lambda rows: combine(rows, row_map), (rows,))
+    expected = sum_of_weighted_rows(rows, weights, row_map.row_of_choice)
+    torch.testing.assert_close(combine(rows, row_map, weights), expected)
+    assert gradcheck(lambda rows, weights: combine(rows, row_map, weights), (rows, weights))
+
+
+def sum_of_weighted_rows(rows: Tensor, weights: Tensor, row_of_choice: Tensor) -> Tensor:
+    out = rows.new_zeros(weights.shape[0], rows.shape[1])
+    for token, choice in itertools.product(*map(range, weights.shape)):
+        if row_of_choice[token, choice] >= 0:
+            out[token] += weights[token, choice] * rows[row_of_choice[token, choice]]
+    return out
+
+
+def test_weighted_rows_are_summed_in_the_wider_type_and_unused_weights_do_not_count(implementation):
+    experts = chosen(9, 3, 5)
+    experts[5, 1] = 5
+    _, _, row_map = permuted(random(9, 4), random(9, 3), experts, 5, may_drop=True)
+    rows, weights = random(row_map.num_rows, 4, dtype=torch.bfloat16), random(9, 3, dtype=torch.float32)
+    expected = sum_of_weighted_rows(rows.float(), weights, row_map.row_of_choice).bfloat16()
+    weights[5, 1] = math.nan
+    out = combine(rows, row_map, weights)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=4e-3, atol=1e-6)
 
 
 def test_padding_rows_are_zero_and_so_are_their_weights(implementation):

@@ -1,0 +1,94 @@
+"""``combine``: the sum of each token's routed rows, each times its weight where weights are given.
+
+r1mega's own experts apply the router's weight before their second product (``r1mega.kernels.swiglu``), which needs no
+copy of their output for the weight's gradient. Other stacks weight the rows here.
+Shapes: T tokens, K choices a token, H hidden, R routed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from r1mega.kernels import native, triton
+from r1mega.kernels.fake import is_fake
+from r1mega.kernels.permute import RowMap, _copy_rows, _copy_weights, _sum_rows, reference_sum_rows
+
+
+def combine(rows_RH: Tensor, row_map: RowMap, weights_TK: Tensor | None = None) -> Tensor:
+    """Sum the routed rows of each token; a token without rows gets zeros.
+
+    Args:
+        rows_RH: ``[R, H]``.
+        row_map: from ``r1mega.kernels.permute.permute``.
+        weights_TK: ``[T, K]``, what each row is multiplied with; that of a dropped choice is not used and its gradient
+            is 0. In a wider type than the rows, sums are made in that type.
+
+    Returns:
+        ``[T, H]`` in the type of the rows.
+    """
+    if weights_TK is None:
+        return _Combine.apply(rows_RH, row_map)
+    return _WeightedCombine.apply(rows_RH, weights_TK, row_map)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RH, row_map):
+        ctx.row_map = row_map
+        return _sum_rows(rows_RH, row_map)
+
+    @staticmethod
+    def backward(ctx, grad_TH):
+        return _copy_rows(grad_TH, ctx.row_map), None
+
+
+class _WeightedCombine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RH, weights_TK, row_map):
+        ctx.save_for_backward(rows_RH, weights_TK)
+        ctx.row_map = row_map
+        if is_fake(rows_RH):
+            return rows_RH.new_empty(weights_TK.shape[0], rows_RH.shape[1])
+        if _in_one_pass(rows_RH, weights_TK):
+            from r1mega.kernels.triton.combine import sum_rows
+
+            return sum_rows(rows_RH.contiguous(), row_map.row_of_choice.contiguous(), weights_TK.contiguous())
+        return reference_weighted_sum(rows_RH, weights_TK, row_map)
+
+    @staticmethod
+    def backward(ctx, grad_TH):
+        rows_RH, weights_TK = ctx.saved_tensors
+        row_map = ctx.row_map
+        if is_fake(rows_RH):
+            return torch.empty_like(rows_RH), torch.empty_like(weights_TK), None
+        if _in_one_pass(grad_TH, rows_RH, weights_TK):
+            from r1mega.kernels.triton.combine import weighted_backward
+
+            rows = row_map.row_of_choice.contiguous()
+            given = grad_TH.contiguous(), rows_RH.contiguous(), rows, weights_TK.contiguous()
+            return *weighted_backward(*given, row_map.padded), None
+        return *reference_weighted_backward(grad_TH, rows_RH, weights_TK, row_map), None
+
+
+def _in_one_pass(*tensors: Tensor) -> bool:
+    return triton.takes(*tensors) and not native.takes(*tensors)
+
+
+def reference_weighted_sum(rows_RH: Tensor, weights_TK: Tensor, row_map: RowMap) -> Tensor:
+    """:func:`combine` with weights in PyTorch's operations."""
+    wide = torch.promote_types(rows_RH.dtype, weights_TK.dtype)
+    return reference_sum_rows(rows_RH.to(wide), row_map, weights_TK.to(wide)).to(rows_RH.dtype)
+
+
+def reference_weighted_backward(
+    grad_TH: Tensor, rows_RH: Tensor, weights_TK: Tensor, row_map: RowMap
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows ``[R, H]``: weight times the token's gradient; and of weights ``[T, K]``: their product."""
+    wide = torch.promote_types(rows_RH.dtype, weights_TK.dtype)
+    grad_RH = _copy_rows(grad_TH, row_map).to(wide)
+    grad_R = torch.linalg.vecdot(grad_RH, rows_RH.to(wide)).to(weights_TK.dtype)
+    if row_map.dropped:
+        grad_R = torch.cat([grad_R, grad_R.new_zeros(1)])  # which -1 points at
+    grad_rows = grad_RH * _copy_weights(weights_TK, row_map).to(wide).unsqueeze(1)
+    return grad_rows.to(rows_RH.dtype), grad_R[row_map.row_of_choice]

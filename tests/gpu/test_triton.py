@@ -1,0 +1,105 @@
+"""The Triton kernels on a GPU: what the unit tests say of them, sizes of R1, and no waiting for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from r1mega.kernels import triton
+
+if not triton.available() or triton.interpreting():
+    pytest.skip(f"no Triton kernels on a GPU here: {triton.reason()}", allow_module_level=True)
+
+from r1mega.kernels.grouped_swiglu import grouped_swiglu
+from r1mega.kernels.linear import grouped_linear
+from r1mega.kernels.route import RouteOptions, reference_route
+from r1mega.kernels.triton import combine, permute, route
+from tests.unit.triton_cases import *  # noqa: F403
+
+pytestmark = pytest.mark.gpu
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raises where the host waits for the GPU; kernels are compiled before."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def random_on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", generator=torch.Generator("cuda").manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [8192, 5000])
+def test_a_layer_of_r1_is_routed_permuted_and_combined_as_by_the_reference(num_tokens: int) -> None:
+    options = RouteOptions(8, "sigmoid", 8, 4, factor=2.5)
+    logits, tokens = random_on_gpu(num_tokens, 256, dtype=torch.float32), random_on_gpu(num_tokens, 7168)
+    bias = 0.1 * random_on_gpu(256, dtype=torch.float32)
+
+    def whole() -> tuple[torch.Tensor, ...]:
+        experts, weights, ranks, tile_counts, _, _ = route.route(logits, bias, options)
+        first_row, counts = permute.scan(tile_counts)
+        rows, row_of_choice = permute.permute(tokens, experts, ranks, first_row)
+        out = combine.sum_rows(rows, row_of_choice, weights)
+        return (
+            experts,
+            weights,
+            counts,
+            row_of_choice,
+            out,
+            *combine.weighted_backward(tokens, rows, row_of_choice, weights),
+        )
+
+    first = whole()
+    with no_waiting():
+        again = whole()
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    experts, weights, counts, row_of_choice, out, grad_rows, grad_weights = first
+    expected = reference_route(logits, bias, options)
+    assert torch.equal(experts, expected.experts_TK) and torch.equal(counts, expected.counts_E)
+    torch.testing.assert_close(weights, expected.weights_TK, rtol=1e-6, atol=1e-6)
+    assert torch.equal(row_of_choice, (counts.cumsum(0) - counts)[experts] + expected.ranks_TK)
+    # Each row is a copy of its token, so the sum is the token times the sum of its weights, and so on.
+    wide = tokens.float()
+    torch.testing.assert_close(out.float(), wide * weights.sum(1, keepdim=True), rtol=8e-3, atol=1e-3)
+    torch.testing.assert_close(grad_weights, wide.square().sum(1, keepdim=True).expand(-1, 8), rtol=1e-4, atol=1e-3)
+    for k in (0, 7):
+        torch.testing.assert_close(
+            grad_rows[row_of_choice[:, k]].float(), wide * weights[:, k : k + 1], rtol=8e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_grouped_products_of_a_large_layer_equal_products_an_expert(dtype: torch.dtype) -> None:
+    numbers = [(expert * 37) % 11 * 100 for expert in range(16)]
+    num_rows, hidden, width = sum(numbers), 2048, 768
+    counts = torch.tensor(numbers, device="cuda")
+    rows = random_on_gpu(num_rows, hidden, dtype=dtype).requires_grad_()
+    gate_up = (random_on_gpu(16, 2, width, hidden, dtype=dtype) / hidden**0.5).requires_grad_()
+    down = (random_on_gpu(16, hidden, width, dtype=dtype) / width**0.5).requires_grad_()
+    scale, upstream = random_on_gpu(num_rows, dtype=torch.float32), random_on_gpu(num_rows, hidden, dtype=dtype)
+
+    def whole() -> tuple[torch.Tensor, ...]:
+        out = grouped_linear(grouped_swiglu(rows, gate_up, scale, counts), down, counts)
+        return out.detach(), *torch.autograd.grad(out, (rows, gate_up, down), upstream)
+
+    first = whole()
+    with no_waiting():
+        again = whole()
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    wide = [tensor.detach().double().requires_grad_() for tensor in (rows, gate_up, down)]
+    parts = []
+    for x, both, out_weight, s in zip(wide[0].split(numbers), wide[1], wide[2], scale.split(numbers), strict=True):
+        hidden_part = torch.nn.functional.silu(x @ both[0].t()) * (x @ both[1].t()) * s.double().unsqueeze(1)
+        parts.append(hidden_part @ out_weight.t())
+    expected = torch.cat(parts)
+    references = expected.detach(), *torch.autograd.grad(expected, wide, upstream.double())
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for actual, wanted in zip(first, references, strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))

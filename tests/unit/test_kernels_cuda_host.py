@@ -1,0 +1,287 @@
+"""The CUDA sources, compiled for the CPU with fibres for threads, equal the reference; and this finds mistakes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1mega.kernels import cuda
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import permute
+from r1mega.kernels.route import (
+    TILE_TOKENS,
+    Choices,
+    RouteOptions,
+    choose_experts,
+    rank_choices,
+    reference_route,
+    route,
+)
+from tests.unit.cuda_host import ROOT, SEED, SOURCES, compile_host, random, stepped, use
+from tests.unit.cuda_host_mutants import MUTANTS, check
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cuda_host") / "host.so"
+    compile_host(SOURCES / "kernels.cu", path, "-O1", "-fPIC", "-shared")
+    return path
+
+
+@pytest.fixture(params=["0", "1", "2"])
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs with each order of threads."""
+    monkeypatch.setenv(SEED, request.param)
+    return request.param
+
+
+@pytest.fixture
+def host(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels run on CPU tensors."""
+    use(library, monkeypatch.setattr)
+
+
+# tokens, experts, choices, groups, kept groups: each number of experts a lane, groups that fill lanes in part
+SIZES = [
+    (0, 8, 2, 1, 1), (1, 1, 1, 1, 1), (70, 8, 8, 4, 4), (130, 16, 2, 4, 2), (65, 60, 4, 1, 1), (300, 64, 6, 8, 3),
+    (64, 160, 6, 8, 3), (200, 256, 8, 8, 4), (40, 384, 16, 12, 4), (66, 384, 8, 1, 1), (30, 378, 16, 9, 3),
+    (20, 33, 16, 3, 2), (10, 31, 3, 31, 5),
+]  # fmt: skip
+FUNCTIONS = [("sigmoid", True), ("sigmoid", False), ("softmax", True), ("softmax", False)]
+
+
+def options_of(size: tuple[int, ...], function: tuple[str, bool]) -> RouteOptions:
+    return RouteOptions(size[2], function[0], size[3], size[4], function[1], factor=2.5)
+
+
+def ranks_over_all_tokens(choices: Choices) -> Tensor:
+    tile = (torch.arange(len(choices.experts_TK)) // TILE_TOKENS).unsqueeze(1)
+    first_row = choices.first_row_NE
+    return choices.ranks_TK + (first_row - first_row[:1])[tile, choices.experts_TK]
+
+
+def assert_equal(actual: Choices, expected: Choices) -> None:
+    assert torch.equal(actual.experts_TK, expected.experts_TK)
+    assert torch.equal(ranks_over_all_tokens(actual), expected.ranks_TK)
+    assert torch.equal(actual.counts_E, expected.counts_E)
+    assert torch.equal(actual.first_row_NE[:1], expected.first_row_NE)
+    assert actual.first_row_NE.shape[0] == max(1, math.ceil(len(actual.experts_TK) / TILE_TOKENS))
+    close = {"rtol": 1e-6, "atol": 1e-6, "equal_nan": True}
+    torch.testing.assert_close(actual.weights_TK, expected.weights_TK, **close)
+    torch.testing.assert_close(actual.score_sums_E, expected.score_sums_E, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_route_decides_as_the_reference_where_many_values_are_equal(size, schedule):
+    for seed, function in enumerate(FUNCTIONS):
+        if function[0] == "softmax" and seed != 2 + int(schedule) % 2:
+            continue
+        (logits, bias), options = stepped(size[:2], seed), options_of(size, function)
+        given = bias if seed % 2 == 0 else None
+        if function[0] == "softmax":
+            given = None  # with a bias, values that differ by a rounding error could be chosen otherwise
+        assert_equal(route(logits, given, options), reference_route(logits, given, options))
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("function", FUNCTIONS[::2], ids=str)
+@pytest.mark.parametrize(
+    "size", [(70, 16, 2, 4, 2), (20, 160, 6, 8, 3), (20, 256, 8, 8, 4), (9, 384, 16, 1, 1)], ids=str
+)
+def test_route_chooses_from_its_own_scores_as_the_reference_does(size, function):
+    """Scores of random logits differ by a rounding error between exponentials; the choice among them must not."""
+    logits, bias, options = random(*size[:2]), random(size[1]) * 0.3, options_of(size, function)
+    scores = own_scores(logits, options)
+    choices, expected = route(logits, bias, options), choose_experts(scores, bias, options)
+    assert torch.equal(choices.experts_TK, expected)
+    ranks, counts = rank_choices(expected, size[1])
+    assert torch.equal(choices.counts_E, counts) and torch.equal(ranks_over_all_tokens(choices), ranks)
+    chosen = scores.gather(1, expected)
+    weights = chosen / (chosen.sum(1, keepdim=True) + 1e-20) * options.factor
+    torch.testing.assert_close(choices.weights_TK, weights, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(scores, reference_scores(logits, options), rtol=1e-6, atol=1e-37)
+
+
+def own_scores(logits: Tensor, options: RouteOptions) -> Tensor:
+    """All scores as the kernel computes them: weights that are not divided, 16 experts at a time."""
+    scores = torch.empty_like(logits)
+    num_experts = logits.shape[1]
+    for first in range(0, num_experts, 16):
+        wanted = torch.zeros(num_experts)
+        wanted[first : first + 16] = 1000.0
+        part = RouteOptions(min(16, num_experts - first), options.score_function, normalize=False)
+        chosen = route(logits, wanted, part)
+        scores.scatter_(1, chosen.experts_TK, chosen.weights_TK)
+    return scores
+
+
+def reference_scores(logits: Tensor, options: RouteOptions) -> Tensor:
+    return logits.sigmoid() if options.score_function == "sigmoid" else logits.softmax(1)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("function", ["sigmoid", "softmax"])
+def test_nan_is_chosen_first_and_infinities_are_the_greatest_and_least(function, groups, schedule):
+    logits = stepped((9, 40))[0]
+    logits[0, 5] = math.nan
+    logits[1] = math.nan
+    logits[2, 33] = -math.nan
+    logits[3, 7] = math.inf
+    logits[4, ::2] = -math.inf
+    logits[5] = -math.inf
+    logits[6, 1::2] = math.inf
+    logits[7] = 0.0
+    bias = torch.zeros(40)
+    bias[11], bias[12] = math.inf, -math.inf
+    options = RouteOptions(6, function, *groups)
+    for given in (None, bias):
+        assert_equal(route(logits, given, options), reference_route(logits, given, options))
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+@pytest.mark.parametrize("size", [(70, 24, 4, 4, 2), (0, 8, 2, 1, 1), (33, 384, 16, 1, 1)], ids=str)
+def test_the_gradient_of_the_weights_is_the_reference_s(size, function, schedule):
+    gradients = []
+    for decide in (route, reference_route):
+        logits, bias = stepped(size[:2])
+        choices = decide(
+            logits.requires_grad_(), None if function[0] == "softmax" else bias, options_of(size, function)
+        )
+        gradients.append(torch.autograd.grad(choices.weights_TK, logits, random(size[0], size[2]))[0])
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("host")
+def test_scores_are_given_where_they_are_asked_for_and_carry_a_gradient():
+    logits = random(70, 16).requires_grad_()
+    assert route(logits, None, RouteOptions(2)).scores_TE is None
+    scores = route(logits, None, RouteOptions(2), with_scores=True).scores_TE
+    assert torch.equal(scores, logits.sigmoid()) and scores.requires_grad
+
+
+# bytes of a row from 1 to several parts of a warp; each size of piece
+ROWS = [
+    (torch.float32, 1), (torch.float32, 33), (torch.float32, 1030), (torch.bfloat16, 7), (torch.bfloat16, 2056),
+    (torch.float64, 5), (torch.uint8, 13), (torch.float32, 0),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("dtype, width", ROWS, ids=str)
+def test_permute_puts_each_token_where_the_reference_puts_it(dtype, width, schedule):
+    size = 150, 16, 3, 4, 2
+    choices = route(*stepped(size[:2]), options_of(size, FUNCTIONS[0]))
+    tokens = torch.arange(150 * width).remainder(251).view(150, width).to(dtype)
+    rows, row_of_choice = cuda.permute(tokens, choices.experts_TK, choices.ranks_TK, choices.first_row_NE)
+    order = choices.experts_TK.flatten().argsort(stable=True)
+    assert torch.equal(rows, tokens[order // 3])
+    assert torch.equal(row_of_choice.flatten()[order], torch.arange(450))
+    assert torch.equal(cuda.copy_rows(tokens, row_of_choice, 450), rows)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("kind", ["whole", "dropped", "padded", "counted over all tokens"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 150])
+def test_permute_and_combine_and_their_gradients_equal_the_reference(num_tokens, kind, monkeypatch):
+    size = num_tokens, 16, 3, 4, 2
+    choices = route(*stepped(size[:2]), options_of(size, FUNCTIONS[0]))
+    experts, ranks, counts, first_row = (
+        choices.experts_TK, choices.ranks_TK, choices.counts_E, choices.first_row_NE,
+    )  # fmt: skip
+    kinds = {"dropped": {"may_drop": True}, "padded": {"capacity": int(counts.max()) + 2}}
+    if kind in ("dropped", "counted over all tokens"):
+        if kind == "dropped":
+            experts[::3, ::2] = 16
+        (ranks, counts), first_row = rank_choices(experts, 16), None
+    results = []
+    for library in (cuda.library, None):
+        monkeypatch.setattr(cuda, "library", library)
+        x, weights = (random(num_tokens, n).requires_grad_() for n in (20, 3))
+        rows, row_weights, row_map = permute(
+            x, weights, experts, ranks, counts, **kinds.get(kind, {}), first_row_NE=first_row
+        )
+        out = combine(rows * row_weights.unsqueeze(1), row_map)
+        gradients = torch.autograd.grad(out, (x, weights), random(num_tokens, 20, seed=1))
+        results.append((rows, row_weights, row_map.row_of_choice, out, *gradients))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.usefixtures("host")
+def test_the_same_bits_whatever_the_order_of_threads(monkeypatch):
+    results = []
+    for seed in ("0", "0", "5", "6"):
+        monkeypatch.setenv(SEED, seed)
+        logits = random(200, 64).requires_grad_()
+        choices = route(logits, random(64) * 0.3, RouteOptions(6, "softmax", 8, 3, normalize=False))
+        grad = torch.autograd.grad(choices.weights_TK.sin().sum(), logits)[0]
+        results.append((choices.experts_TK, choices.weights_TK, choices.ranks_TK, choices.score_sums_E, grad))
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("host")
+def test_sizes_without_room_in_the_kernels_tables_run_the_reference():
+    fits = lambda num_experts, **given: cuda.takes_route(  # noqa: E731
+        torch.zeros(2, num_experts), None, RouteOptions(**{"top_k": 2} | given)
+    )
+    assert fits(384) and fits(384, top_k=16, num_groups=32, top_k_groups=4)
+    assert not fits(385) and not fits(384, top_k=17) and not fits(66, num_groups=33) and not fits(10, num_groups=3)
+    assert not cuda.takes_route(torch.zeros(2, 8, dtype=torch.float64), None, RouteOptions(2))
+    assert not cuda.takes_route(torch.zeros(2, 8, device="meta"), None, RouteOptions(2))
+    assert route(random(5, 400), None, RouteOptions(20)).experts_TK.shape == (5, 20)
+
+
+@pytest.mark.usefixtures("host")
+def test_a_kernel_that_fails_is_an_error_with_its_name():
+    with pytest.raises(RuntimeError, match="CUDA kernel route failed"):
+        cuda.route(torch.zeros(2, 8), None, RouteOptions(9))
+
+
+def test_no_address_outside_and_nothing_undefined_at_any_size(tmp_path):
+    program = tmp_path / "sizes"
+    flags = "-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}"
+    compile_host(Path(__file__).with_name("cuda_host_sizes.cpp"), program, *flags)
+    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", SEED: "3"}
+    run = subprocess.run([program], env=os.environ | options, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stdout == "all sizes are right\n", run.stdout + run.stderr[-3000:]
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What finds each mutant."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    command = [sys.executable, "-m", "tests.unit.cuda_host_mutants", str(tmp_path_factory.mktemp("mutants"))]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_found(name, found):
+    assert found[name]
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("kernel", ["route", "scan", "permute", "route_backward"])
+def test_without_a_mistake_the_same_checks_pass(kernel, schedule):
+    check(kernel)
+
+
+def test_mutants_are_distinct() -> None:
+    texts = [(kernel, correct, index) for kernel, correct, _, index in MUTANTS.values()]
+    assert all(a != b for a, b in itertools.combinations(texts, 2))

@@ -14,7 +14,7 @@
 namespace r1mega {
 namespace {
 
-constexpr int kInterface = 2;                  // r1mega/kernels/native.py wants the same; raise both together
+constexpr int kInterface = 3;                  // r1mega/kernels/native.py wants the same; raise both together
 constexpr int64_t kElementsOfThread = 1 << 16;  // less work is not worth a thread
 
 const Kernels* best_kernels() {
@@ -165,6 +165,15 @@ void rms_norm_backward(Pointer grad, Pointer input, int64_t stride, Pointer weig
 }
 
 template <class T>
+void rotate(Pointer input, int64_t stride, Pointer cos, Pointer sin, Pointer out, int64_t num_rows, int64_t heads,
+            int64_t length, int64_t half, bool interleaved_input, bool interleaved_out, bool back, int threads) {
+  share(num_rows, 2 * half, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().rotate(at<T>(input), stride, at<T>(cos), at<T>(sin), at<T>(out), heads, length, half, interleaved_input,
+                      interleaved_out, back, begin, end);
+  });
+}
+
+template <class T>
 void define_typed(pybind11::module_& m, const std::string& suffix) {
   const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
   m.def(("route_" + suffix).c_str(), &route<T>, without_gil);
@@ -174,6 +183,7 @@ void define_typed(pybind11::module_& m, const std::string& suffix) {
   m.def(("swiglu_backward_" + suffix).c_str(), &swiglu_backward<T>, without_gil);
   m.def(("rms_norm_" + suffix).c_str(), &rms_norm<T>, without_gil);
   m.def(("rms_norm_backward_" + suffix).c_str(), &rms_norm_backward<T>, without_gil);
+  m.def(("rotate_" + suffix).c_str(), &rotate<T>, without_gil);
 }
 
 }  // namespace

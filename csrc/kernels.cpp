@@ -335,9 +335,35 @@ void rms_norm_backward(const T* grad, const T* input, int64_t stride, const T* w
 }
 
 template <class T>
+void rotate(const T* input, int64_t stride, const T* cos, const T* sin, T* out, int64_t heads, int64_t length,
+            int64_t half, bool interleaved_input, bool interleaved_out, bool back, int64_t begin, int64_t end) {
+  const T sign = back ? T(-1) : T(1);
+  const int64_t in_step = interleaved_input ? 2 : 1, in_second = interleaved_input ? 1 : half;
+  const int64_t out_step = interleaved_out ? 2 : 1, out_second = interleaved_out ? 1 : half;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t position = r / heads % length;
+    const T *x = input + r * stride, *c = cos + position * half, *s = sin + position * half;
+    T* __restrict o = out + r * 2 * half;
+    if (in_step == 1 && out_step == 1) {
+#pragma omp simd
+      for (int64_t i = 0; i < half; ++i) {
+        o[i] = x[i] * c[i] - sign * x[half + i] * s[i];
+        o[half + i] = x[half + i] * c[i] + sign * x[i] * s[i];
+      }
+      continue;
+    }
+    for (int64_t i = 0; i < half; ++i) {
+      const T a = x[i * in_step], b = x[i * in_step + in_second];
+      o[i * out_step] = a * c[i] - sign * b * s[i];
+      o[i * out_step + out_second] = b * c[i] + sign * a * s[i];
+    }
+  }
+}
+
+template <class T>
 constexpr TypedKernels<T> typed() {
   return {choose<T>,          route_backward<T>, sum_rows<T>,          swiglu<T>,
-          swiglu_backward<T>, rms_norm<T>,       rms_norm_backward<T>};
+          swiglu_backward<T>, rms_norm<T>,       rms_norm_backward<T>, rotate<T>};
 }
 
 }  // namespace

@@ -41,6 +41,11 @@ struct TypedKernels {
   // partial[b].
   void (*rms_norm_backward)(const T* grad, const T* input, int64_t stride, const T* weight, const T* scale,
                             T* grad_input, T* partial, int64_t num_rows, int64_t width, int64_t begin, int64_t end);
+  // Turns the pairs of each row by an angle: (a, b) -> (a cos - b sin, b cos + a sin). cos and sin [length, half]; row r
+  // stands at position r / heads % length. Rows of input are `stride` apart, those of out 2 * half. Elements of a pair
+  // are `half` apart or, interleaved, neighbours.
+  void (*rotate)(const T* input, int64_t stride, const T* cos, const T* sin, T* out, int64_t heads, int64_t length,
+                 int64_t half, bool interleaved_input, bool interleaved_out, bool back, int64_t begin, int64_t end);
 };
 
 struct Kernels {

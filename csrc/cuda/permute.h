@@ -16,6 +16,7 @@ struct PermuteArguments {
   int64_t row_bytes;
 };
 
+constexpr int kMaxCopies = kWarpSize;
 constexpr int kPermuteWarps = 8;
 constexpr int kPiecesAtATime = 4;                              // loads under way together, for each lane
 constexpr int kPiecesOfWarp = 2 * kPiecesAtATime * kWarpSize;  // of one row
@@ -68,7 +69,7 @@ cudaError_t launch_permute(const PermuteArguments& a, void* stream) {
 
 // In the largest pieces that rows and pointers are multiples of.
 inline cudaError_t permute(const PermuteArguments& a, void* stream) {
-  if (a.top_k <= 0 || a.top_k > kWarpSize || a.tile_tokens <= 0) return cudaErrorInvalidValue;
+  if (a.top_k <= 0 || a.top_k > kMaxCopies || a.tile_tokens <= 0) return cudaErrorInvalidValue;
   if (a.num_tokens == 0) return cudaSuccess;
   const uintptr_t all = reinterpret_cast<uintptr_t>(a.input) | reinterpret_cast<uintptr_t>(a.rows) | a.row_bytes;
   if (all % 16 == 0) return launch_permute<uint4>(a, stream);

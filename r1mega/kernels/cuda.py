@@ -29,6 +29,7 @@ INTERFACE = 1  # the library's functions and structures; csrc/cuda/kernels.cu ha
 DEVICE = "cuda"
 PLAIN = (Tensor, torch.nn.Parameter)
 TILE_TOKENS, MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 64, 384, 16, 32  # csrc/cuda/device.h has the same numbers
+MAX_COPIES = 32  # of a row; csrc/cuda/permute.h
 MAX_ROWS = 2**31 - 1
 
 
@@ -119,6 +120,11 @@ def takes_route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions)
         and 0 < options.top_k_groups <= options.num_groups
         and num_tokens * options.top_k <= MAX_ROWS
     )
+
+
+def takes_rows(input_TH: Tensor, choices_TK: Tensor) -> bool:
+    """Whether :func:`permute` and :func:`copy_rows` run for these."""
+    return takes(input_TH, choices_TK) and choices_TK.shape[1] <= MAX_COPIES
 
 
 def route(

@@ -130,6 +130,12 @@ class Rows:
             counts = torch.tensor(counts, device=input_RI.device)
         return cls(None, counts.cumsum(0, dtype=torch.int32))
 
+    def split(self, *tensors_RX: Tensor) -> list[Sequence[Tensor]]:
+        """Each tensor in parts, the C rows of each expert; rows after the last expert's are left out."""
+        assert self.counts is not None
+        total = sum(self.counts)
+        return [tensor[:total].split(self.counts) for tensor in tensors_RX]
+
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
@@ -171,13 +177,9 @@ def _multiply(rows_RX: Tensor, weights_EXY: Tensor, rows: Rows) -> Tensor:
         if _by_triton(rows_RX, weights_EXY):
             return _triton().matmul(rows_RX.contiguous(), weights_EXY, rows.ends)
         return F.grouped_mm(rows_RX, weights_EXY, offs=rows.ends)
-    assert rows.counts is not None
     result = rows_RX.new_empty(rows_RX.shape[0], weights_EXY.shape[2])
-    start = 0
-    for weight_XY, count in zip(weights_EXY.unbind(), rows.counts, strict=True):
-        if count:
-            torch.mm(rows_RX[start : start + count], weight_XY, out=result[start : start + count])
-            start += count
+    for weight_XY, rows_CX, result_CY in zip(weights_EXY.unbind(), *rows.split(rows_RX, result), strict=True):
+        torch.mm(rows_CX, weight_XY, out=result_CY)
     return result
 
 
@@ -193,12 +195,8 @@ def _add_weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows
         else:
             gradient_EOI.add_(_products(grad_RO, input_RI, rows.ends))
         return
-    assert rows.counts is not None
-    start = 0
-    for gradient_OI, count in zip(gradient_EOI.unbind(), rows.counts, strict=True):
-        if count:
-            gradient_OI.addmm_(grad_RO[start : start + count].t(), input_RI[start : start + count])
-            start += count
+    for gradient_OI, grad_CO, input_CI in zip(gradient_EOI.unbind(), *rows.split(grad_RO, input_RI), strict=True):
+        gradient_OI.addmm_(grad_CO.t(), input_CI)
 
 
 def _weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows: Rows) -> Tensor:
@@ -207,16 +205,11 @@ def _weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows: Ro
         return torch.empty_like(local(weight))
     if rows.ends is not None:
         return _products(grad_RO, input_RI, rows.ends).view(local(weight).shape)
-    assert rows.counts is not None
-    gradient = torch.empty_like(local(weight))
-    start = 0
-    for gradient_OI, count in zip(gradient.flatten(1, -2).unbind(), rows.counts, strict=True):
-        if count:
-            torch.mm(grad_RO[start : start + count].t(), input_RI[start : start + count], out=gradient_OI)
-            start += count
-        else:
-            gradient_OI.zero_()
-    return gradient
+    gradient_EOI = torch.empty_like(local(weight))
+    parts = zip(gradient_EOI.flatten(1, -2).unbind(), *rows.split(grad_RO, input_RI), strict=True)
+    for gradient_OI, grad_CO, input_CI in parts:
+        torch.mm(grad_CO.t(), input_CI, out=gradient_OI)
+    return gradient_EOI
 
 
 def _products(grad_RO: Tensor, input_RI: Tensor, ends_E: Tensor) -> Tensor:

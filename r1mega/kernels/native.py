@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-INTERFACE = 2  # the extension's functions and their arguments; bind.cpp has the same number
+INTERFACE = 3  # the extension's functions and their arguments; bind.cpp has the same number
 SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
 PLAIN = (Tensor, torch.nn.Parameter)
 # From this size on, copied rows go past the cache: they would push out what is needed sooner.
@@ -48,11 +48,13 @@ def takes(*tensors: Tensor | None) -> bool:
     """Whether the C++ kernels run for these floating-point tensors; None stands for one that is left out."""
     if library is None:
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    dtype = given[0].dtype
-    return dtype in SUFFIXES and all(
-        type(tensor) in PLAIN and tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in given
-    )
+    dtype = None
+    for tensor in tensors:
+        if tensor is not None:
+            if type(tensor) not in PLAIN or not tensor.is_cpu or (dtype is not None and tensor.dtype != dtype):
+                return False
+            dtype = tensor.dtype
+    return dtype in SUFFIXES
 
 
 def call(name: str, tensor: Tensor | None, *arguments: object) -> None:
@@ -60,14 +62,13 @@ def call(name: str, tensor: Tensor | None, *arguments: object) -> None:
 
     The caller has checked shapes and strides: the kernels check nothing.
     """
-    assert library is not None
     function = getattr(library, name if tensor is None else name + SUFFIXES[tensor.dtype])
-    function(*(_pointer(argument) for argument in arguments), torch.get_num_threads())
+    function(*map(_pointer, arguments), torch.get_num_threads())
 
 
 def _pointer(argument: object) -> object:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
+    if type(argument) in PLAIN:
+        return argument.data_ptr()  # type: ignore[attr-defined]
     return 0 if argument is None else argument
 
 

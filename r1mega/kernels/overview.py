@@ -39,6 +39,7 @@ OPERATIONS = (
     Operation("weighted_swiglu", "swiglu", "silu(gate) * up * the router's weight", (CPP, TRITON, PYTORCH)),
     Operation("grouped_swiglu", "grouped_swiglu", "a grouped_linear and its weighted_swiglu", (TRITON, PYTORCH)),
     Operation("rms_norm", "rms_norm", "root-mean-square normalisation", (CPP, TRITON, PYTORCH)),
+    Operation("rotate", "rotate", "rotary position embedding"),
     Operation("linear", "linear", "products with one or several weights", (PYTORCH,)),
     Operation("grouped_linear", "linear", "products of each expert's rows with its weight", (TRITON, PYTORCH)),
     Operation("causal_attention", "attention", "softmax attention", (PYTORCH,)),

@@ -106,7 +106,7 @@ def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_N
         )  # fmt: skip
         return out
     on_gpu = None
-    if cuda.takes(input_TH, experts_TK, ranks_TK, first_row_NE):
+    if cuda.takes_rows(input_TH, experts_TK):
         on_gpu = cuda.permute
     elif triton.takes(input_TH):
         from r1mega.kernels.triton.permute import permute as on_gpu
@@ -155,7 +155,7 @@ def _copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
         return out
     if is_fake(input_TH):
         return input_TH.new_empty(row_map.num_rows, input_TH.shape[1])
-    if cuda.takes(input_TH):
+    if cuda.takes_rows(input_TH, rows):
         return cuda.copy_rows(input_TH.contiguous(), rows.contiguous(), row_map.num_rows, row_map.padded)
     if triton.takes(input_TH):
         from r1mega.kernels.triton.combine import copy_rows

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from r1mega.config import ModelConfig
 from r1mega.kernels.attention import causal_attention
-from r1mega.model.rope import RotaryTable, rotate, softmax_scale
+from r1mega.kernels.rotate import rotate
+from r1mega.model.rope import RotaryTable, softmax_scale
 from r1mega.parallel_state import ParallelState
 from r1mega.tensor_parallel.collectives import gather_tokens, reduce_scatter_tokens
 from r1mega.tensor_parallel.layers import Linear, RMSNorm, apply_all

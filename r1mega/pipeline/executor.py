@@ -157,11 +157,17 @@ class PipelineExecutor:
         return metrics
 
     def _run_steps(self, program: Program, microbatches: Sequence[Any], metrics: dict[str, Tensor]) -> None:
-        at: object = "the start"
+        at: Any = "the start"
         try:
             if self._transport is not None:
                 self._transport.start(program)
             for together in program.steps:
+                if len(together) == 1:
+                    ((at, _, gives, _),) = together
+                    tensors = _finish(self._act(at, self._take(together[0]), microbatches, metrics))
+                    if gives is not None:
+                        self._give(gives, tensors)
+                    continue
                 taken = []
                 for step in together:
                     at = step.action
@@ -270,6 +276,16 @@ class PipelineExecutor:
         else:
             assert self._transport is not None
             self._transport.send(message, tensors)
+
+
+def _finish(act: Act) -> tuple[Tensor, ...]:
+    """Run it to its end; its result."""
+    try:
+        while True:
+            next(act)
+    except StopIteration as end:
+        result: tuple[Tensor, ...] = end.value
+        return result
 
 
 def _alternate(acts: list[Act]) -> list[tuple[Tensor, ...]]:

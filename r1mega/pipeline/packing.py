@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -61,12 +62,12 @@ def encode_header(specs: Specs) -> Tensor:
 
 def decode_header(header: Tensor) -> Specs:
     """The inverse of :func:`encode_header`."""
-    return _decode(tuple(header.view(torch.int64).tolist()))
+    return _decode(header.numpy().tobytes())  # a bytes object is a key that costs little
 
 
 @functools.lru_cache(maxsize=1024)
-def _decode(header: tuple[int, ...]) -> Specs:
-    words = iter(header)
+def _decode(header: bytes) -> Specs:
+    words = iter(struct.unpack(f"={HEADER_WORDS}q", header))
     specs = []
     for _ in range(next(words)):
         dtype, requires_grad, dims = next(words), next(words), next(words)

@@ -70,7 +70,7 @@ def test_what_runs_on_the_gpu_is_said_only_where_there_is_one(
         assert "no GPU here" in printed(capsys)
 
 
-@pytest.mark.parametrize("library", ["missing", "of other sources", "broken"])
+@pytest.mark.parametrize("library", ["missing", "of other sources", "broken", "switched off"])
 def test_a_cuda_library_that_cannot_be_used_is_no_error(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,12 +79,18 @@ def test_a_cuda_library_that_cannot_be_used_is_no_error(
     monkeypatch.setattr(cuda, "LIBRARY", path)
     if library == "broken":
         path.write_bytes(b"no library")
+    elif library == "switched off":
+        monkeypatch.setenv("R1MEGA_CUDA", "0")
     elif library == "of other sources":
         path.write_bytes(b"")
         monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(r1mega_interface=lambda: -1))
     found, reason = cuda._load()
-    expected = {"missing": "not built", "of other sources": "other sources", "broken": "does not load"}
-    assert found is None and expected[library] in reason and "nvcc" in reason
+    expected = {
+        "missing": "not built", "of other sources": "other sources", "broken": "does not load",
+        "switched off": "R1MEGA_CUDA=0 is set",
+    }  # fmt: skip
+    assert found is None and expected[library] in reason
+    assert "nvcc" in reason or library == "switched off"
 
 
 @pytest.mark.parametrize("missing", [False, True])

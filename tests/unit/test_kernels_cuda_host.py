@@ -243,6 +243,9 @@ def test_sizes_without_room_in_the_kernels_tables_run_the_reference():
     assert not cuda.takes_route(torch.zeros(2, 8, dtype=torch.float64), None, RouteOptions(2))
     assert not cuda.takes_route(torch.zeros(2, 8, device="meta"), None, RouteOptions(2))
     assert route(random(5, 400), None, RouteOptions(20)).experts_TK.shape == (5, 20)
+    decided = torch.arange(40).repeat(3, 1), *rank_choices(torch.arange(40).repeat(3, 1), 40)
+    rows, _, row_map = permute(random(3, 4), torch.ones(3, 40), *decided)
+    torch.testing.assert_close(combine(rows, row_map), random(3, 4) * 40)
 
 
 @pytest.mark.usefixtures("host")

@@ -153,7 +153,9 @@ class MoEConfig:
         top_k: experts that each token goes to.
         ffn_hidden_size: width of one expert.
         num_shared_experts: experts that every token goes to; they are one feed-forward of this many widths.
-        num_groups: groups of experts for group-limited routing.
+        num_groups: groups of neighbouring experts for group-limited routing. With as many groups as nodes share the
+            experts (or a multiple), the experts of a group are on one node, as long as the ranks of a node stand side
+            by side in the expert-parallel group; then a token crosses to ``top_k_groups`` nodes at most.
         top_k_groups: groups kept for each token (those with the highest sum of two best biased scores).
         score_function: ``sigmoid`` (DeepSeek-V3) or ``softmax`` (Qwen3-MoE).
         normalize_top_k: divide the chosen experts' weights by their sum.

@@ -256,10 +256,10 @@ def multiple(number: int, of: int) -> int:
     return -(-number // of) * of
 
 
-def layer_choices(rank: int, world_size: int, ep: int) -> tuple[Tensor, Tensor]:
+def layer_choices(rank: int, world_size: int, ep: int, wire: str = "model") -> tuple[Tensor, Tensor]:
     """Choices and outputs of one layer for this rank's tokens; all tokens are the same for every ``ep``."""
     state = ParallelState(Layout(world_size, ep=ep))
-    config = MoEConfig(num_experts=EXPERTS, top_k=3, ffn_hidden_size=WIDTH, num_groups=4, top_k_groups=2)
+    config = MoEConfig(num_experts=EXPERTS, top_k=3, ffn_hidden_size=WIDTH, num_groups=4, top_k_groups=2, wire=wire)
     layer = MoELayer(HIDDEN, config, state, torch.float64)
     first = state.rank_in("ep") * EXPERTS // ep
     with torch.no_grad():
@@ -278,6 +278,13 @@ def test_under_another_ep_the_choices_are_the_same_and_the_outputs_too(pool):
         assert torch.equal(one[rank][0], two[rank][0]) and torch.equal(one[rank][0], four[rank][0])
         for other in (two, four):
             torch.testing.assert_close(other[rank][1], one[rank][1], rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_sends_on_the_wire_of_its_settings(pool):
+    for (_, plain), (_, float8) in zip(
+        pool.run(layer_choices, 2, 2), pool.run(layer_choices, 2, 2, "float8"), strict=True
+    ):
+        assert 1e-4 < (plain - float8).abs().max() / plain.abs().max() < 0.2
 
 
 OPTIONS = {

@@ -6,10 +6,10 @@
 Two ranks of an expert-parallel group train a small mixture of experts with one pipeline stage, first with a table that
 runs forwards and backwards one by one, then with one that overlaps the forward of a microbatch with the backward of
 the one before (``(0F1;0B0)``). On one machine a message is there almost at once, so each is held back until
-``latency_ms`` after it was sent, as a network would. Reported for each table: the seconds that a rank spent waiting
-for messages in a step, and the step's time; then the share of the waiting that the overlap has hidden. The floor is
-the latency of the messages of one microbatch, which no other microbatch can cover (the first forward, the last
-backward).
+``latency_ms`` after it was sent, as a network would (all but the few counts that go before the rows). Reported for
+each table: the seconds that a rank spent waiting for messages in a step, and the step's time; then the share of the
+waiting that the overlap has hidden. The floor is the latency of the messages of one microbatch, which no other
+microbatch can cover (the first forward, the last backward).
 """
 
 from __future__ import annotations

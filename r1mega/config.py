@@ -153,7 +153,9 @@ class MoEConfig:
         top_k: experts that each token goes to.
         ffn_hidden_size: width of one expert.
         num_shared_experts: experts that every token goes to; they are one feed-forward of this many widths.
-        num_groups: groups of experts for group-limited routing.
+        num_groups: groups of neighbouring experts for group-limited routing. With as many groups as nodes share the
+            experts (or a multiple), the experts of a group are on one node, as long as the ranks of a node stand side
+            by side in the expert-parallel group; then a token crosses to ``top_k_groups`` nodes at most.
         top_k_groups: groups kept for each token (those with the highest sum of two best biased scores).
         score_function: ``sigmoid`` (DeepSeek-V3) or ``softmax`` (Qwen3-MoE).
         normalize_top_k: divide the chosen experts' weights by their sum.
@@ -167,6 +169,11 @@ class MoEConfig:
             highest weights; the rest skip it. Per sequence, so that the layout does not change what is dropped.
         pad_to_capacity: pad every expert to its capacity, so that all shapes are known without a look at the router.
         force_balance: ignore the router's choice and deal tokens out evenly; for benchmarks only.
+        wire: how rows travel between ranks: ``model`` sends them as they are; ``bfloat16``; ``float8`` (e4m3 with a
+            scale for 128 elements) towards the experts and bfloat16 back (DeepSeek-V3, section 3.3).
+        chunks: cut the tokens of a layer into this many parts, so that messages of one run under the experts of
+            another; schedules that overlap a forward with a backward hide them without it.
+        recompute: do not keep the experts' rows and the SwiGLU's result; the backward computes them again.
     """
 
     num_experts: int = 0
@@ -185,6 +192,9 @@ class MoEConfig:
     capacity_factor: float | None = None
     pad_to_capacity: bool = False
     force_balance: bool = False
+    wire: Literal["model", "bfloat16", "float8"] = "model"
+    chunks: int = 1
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         require(self.num_experts >= 0, "model.moe.num_experts", self.num_experts, "must be 0 (dense) or more")
@@ -192,7 +202,7 @@ class MoEConfig:
             return
         _require_finite("model.moe", self)
         _require_positive("model.moe", self, "top_k", "ffn_hidden_size", "num_groups", "top_k_groups")
-        _require_positive("model.moe", self, "routed_scaling_factor")
+        _require_positive("model.moe", self, "routed_scaling_factor", "chunks")
         _require_not_negative("model.moe", self, "num_shared_experts", "bias_update_rate")
         _require_not_negative("model.moe", self, "aux_loss_coefficient", "z_loss_coefficient")
         require(

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from r1mega.config import ModelConfig
 from r1mega.moe.router import Router
 from r1mega.parallel_state import ParallelState
 
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 def named_routers(stages: Iterable[nn.Module]) -> list[tuple[str, Router]]:
     """The routers of this rank's stages by module name; a name comes twice where two stages hold a copy of it."""
     return [(name, module) for stage in stages for name, module in stage.named_modules() if isinstance(module, Router)]
+
+
+def router_names(config: ModelConfig) -> list[str]:
+    """The names that :func:`named_routers` gives to the routers of the whole model."""
+    decoder = [f"layers.{i}.mlp.gate" for i in range(config.num_layers) if config.is_moe_layer(i)]
+    mtp = range(config.num_mtp_layers) if config.moe.num_experts else ()
+    return decoder + [f"mtp.{i}.layer.mlp.gate" for i in mtp]
 
 
 @torch.no_grad()

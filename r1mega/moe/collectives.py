@@ -1,8 +1,4 @@
-"""The dispatcher's messages, each with its backward; something else may compute while they are under way.
-
-Row counts differ from rank to rank. A row travels with its router weight in the same message: the weight's bits follow
-the row's last element. One message less each way, for one element (or two) a row.
-"""
+"""The dispatcher's messages: all-to-all over unequal numbers of rows, and the counts that make it possible."""
 
 from __future__ import annotations
 
@@ -14,128 +10,121 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from r1mega.collectives import all_gather
+
+TAG = 0
+
 
 @dataclass
-class Route:
-    """Who sends how many rows to whom.
+class Splits:
+    """How many rows go where.
 
     Args:
-        ep: the expert-parallel group.
-        etp: the ranks that hold parts of the same experts.
         sent: ``[ep]`` rows that go to each rank.
         received: ``[ep]`` rows that come from each rank.
         gathered: ``[etp]`` rows that each rank of ``etp`` received.
+        counts: ``[local experts]`` rows of each local expert.
     """
 
-    ep: ProcessGroup
-    etp: ProcessGroup
     sent: list[int]
     received: list[int]
     gathered: list[int]
+    counts: list[int]
 
 
-class ToExperts:
-    """Rows and weights to the ranks that hold their experts; every rank of ``etp`` gets the rows of all of them.
+class Counts:
+    """The counts of one layer, exchanged once for all its chunks of tokens; the host reads them when first asked.
 
-    ``start(rows [S, H], weights [S])`` gives ``[R, H]``, a view with gaps between its rows, and ``[R]``; the weights
-    may be of any type at least as wide as the rows'.
+    Args:
+        sent: ``[ep, chunks, 1 + local experts]`` int64: rows that go to each rank, and to each of its experts.
+        ep: expert-parallel group.
+        etp: the ranks that hold parts of the same experts; None where there is only this one.
     """
 
-    def __init__(self, route: Route) -> None:
-        self.route = route
-        self._width, self._dtype = 0, torch.float32
+    def __init__(self, sent: Tensor, ep: ProcessGroup, etp: ProcessGroup | None) -> None:
+        self._sent, self._etp = sent, etp
+        self._received, self._messages = all_to_all(sent, [1] * ep.size(), [1] * ep.size(), ep)
+        self._host: list | None = None
 
-    def start(self, rows_SH: Tensor, weights_S: Tensor) -> InFlight:
-        route = self.route
-        self._width, self._dtype = rows_SH.shape[1], weights_S.dtype
-        return _start(
-            _pack(rows_SH, weights_S), route.received, route.sent, route.ep,
-            lambda packed: _unpack(_gather(packed, route), self._width, self._dtype),
-        )  # fmt: skip
-
-    def start_backward(self, grad_RH: Tensor, grad_R: Tensor) -> InFlight:
-        route = self.route
-        packed = _pack(grad_RH, grad_R)
-        if route.etp.size() > 1:
-            rows, weights = _unpack(_scatter(packed, route), self._width, self._dtype)
-            packed = _pack(rows.sum(0), weights.sum(0))
-        return _start(
-            packed, route.sent, route.received, route.ep, lambda packed: _unpack(packed, self._width, self._dtype)
+    def of_chunk(self, chunk: int) -> Splits:
+        """What one chunk of the tokens sends and receives."""
+        if self._host is None:
+            for message in self._messages:
+                message.wait()
+            received = self._received
+            of_etp = received.unsqueeze(0) if self._etp is None else all_gather(received.unsqueeze(0), self._etp)
+            self._host = torch.cat([self._sent.unsqueeze(0), of_etp]).tolist()
+        sent, *of_etp_ranks = ([counts[chunk] for counts in of_rank] for of_rank in self._host)
+        mine = of_etp_ranks[0 if self._etp is None else self._etp.rank()]
+        all_counts = [counts for of_rank in of_etp_ranks for counts in of_rank]
+        arriving = [sum(column) for column in zip(*all_counts, strict=True)]
+        return Splits(
+            [counts[0] for counts in sent],
+            [counts[0] for counts in mine],
+            [sum(counts[0] for counts in of_rank) for of_rank in of_etp_ranks],
+            arriving[1:],
         )
-
-
-class ToTokens:
-    """The way back: the parts of ``etp`` are summed and each row returns to its token's rank, ``[R, H] -> [S, H]``."""
-
-    def __init__(self, route: Route) -> None:
-        self.route = route
-
-    def start(self, rows_RH: Tensor) -> InFlight:
-        route = self.route
-        if route.etp.size() > 1:
-            rows_RH = _scatter(rows_RH, route).sum(0)
-        return _start(rows_RH, route.sent, route.received, route.ep, lambda rows: (rows,))
-
-    def start_backward(self, grad_SH: Tensor) -> InFlight:
-        route = self.route
-        return _start(grad_SH, route.received, route.sent, route.ep, lambda rows: (_gather(rows, route),))
 
 
 class InFlight:
     """An all-to-all under way."""
 
     def __init__(
-        self, received: Tensor, work: dist.Work | None, finish: Callable[[Tensor], tuple[Tensor, ...]]
+        self, received: Tensor, messages: Sequence[dist.Work], finish: Callable[[Tensor], tuple[Tensor, ...]]
     ) -> None:
-        self._received, self._work, self._finish = received, work, finish
+        self._received, self._messages, self._finish = received, messages, finish
 
     def wait(self) -> tuple[Tensor, ...]:
         """What came; on a GPU the stream waits and not the host."""
-        if self._work is not None:
-            self._work.wait()
+        for message in self._messages:
+            message.wait()
         return self._finish(self._received)
 
 
-def _start(
+def start_exchange(
     rows: Tensor,
     receive: Sequence[int],
     send: Sequence[int],
     group: ProcessGroup,
     finish: Callable[[Tensor], tuple[Tensor, ...]],
 ) -> InFlight:
-    if group.size() == 1:
-        return InFlight(rows, None, finish)
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    work = dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group, async_op=True)
-    return InFlight(received, work, finish)
+    """Send ``send[r]`` rows to each rank r, receive ``receive[r]``; waiting for it gives ``finish(received)``."""
+    return InFlight(*all_to_all(rows, receive, send, group), finish)
 
 
-def _exchange(rows: Tensor, receive: Sequence[int], send: Sequence[int], group: ProcessGroup) -> Tensor:
+def all_to_all(
+    rows: Tensor, receive: Sequence[int], send: Sequence[int], group: ProcessGroup
+) -> tuple[Tensor, list[dist.Work]]:
+    """Start to send and receive; the rows are there once all messages have been waited for."""
     if group.size() == 1:
-        return rows
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group)
-    return received
+        return rows, []
+    received, rows = rows.new_empty(sum(receive), *rows.shape[1:]), rows.contiguous()
+    if rows.device.type != "cpu":
+        return received, [dist.all_to_all_single(received, rows, list(receive), list(send), group=group, async_op=True)]
+    # gloo hands a collective to another thread; with messages of its own two ranks took 0.7 times the CPU time.
+    mine, messages = group.rank(), []
+    parts = zip(received.split(list(receive)), rows.split(list(send)), strict=True)
+    for rank, (incoming, outgoing) in enumerate(parts):
+        if rank == mine:
+            incoming.copy_(outgoing)
+            continue
+        if incoming.shape[0]:
+            messages.append(group.recv([incoming], rank, TAG))
+        if outgoing.shape[0]:
+            messages.append(group.send([outgoing], rank, TAG))
+    return received, messages
 
 
 # gloo has neither an all-gather nor a reduce-scatter of unequal parts, so both are an all-to-all.
-def _gather(rows: Tensor, route: Route) -> Tensor:
-    size = route.etp.size()
-    if size == 1:
-        return rows
-    return _exchange(rows.repeat(size, 1), route.gathered, [rows.shape[0]] * size, route.etp)
+def gather(rows: Tensor, gathered: Sequence[int], group: ProcessGroup) -> Tensor:
+    """The rows of all ranks of ``group``, of which rank r has ``gathered[r]``."""
+    size = group.size()
+    sent = [rows.shape[0]] * size
+    return start_exchange(rows.repeat(size, 1), gathered, sent, group, lambda rows: (rows,)).wait()[0]
 
 
-def _scatter(rows: Tensor, route: Route) -> Tensor:
-    """``[etp, rows of this rank, ...]``: what each rank of ``etp`` has for this one, still to be summed."""
-    size, mine = route.etp.size(), route.gathered[route.etp.rank()]
-    return _exchange(rows, [mine] * size, route.gathered, route.etp).unflatten(0, (size, mine))
-
-
-def _pack(rows: Tensor, weights: Tensor) -> Tensor:
-    columns = weights.element_size() // rows.element_size()
-    return torch.cat([rows, weights.contiguous().view(rows.dtype).view(-1, columns)], dim=1)
-
-
-def _unpack(packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return packed[..., :width], packed[..., width:].contiguous().view(dtype).squeeze(-1)
+def scatter(rows: Tensor, gathered: Sequence[int], group: ProcessGroup) -> Tensor:
+    """``[ranks, rows of this rank, ...]``: what each rank of ``group`` has for this one, still to be summed."""
+    size, mine = group.size(), gathered[group.rank()]
+    (received,) = start_exchange(rows, [mine] * size, gathered, group, lambda rows: (rows,)).wait()
+    return received.unflatten(0, (size, mine))

@@ -1,51 +1,105 @@
 """Moves tokens to the ranks that hold their experts and the results back, by all-to-all.
 
-Each way has three steps, so that an executor can put other work under the communication::
+A token goes once to each rank that holds at least one of its experts, together with its router weights and experts.
+That rank copies it to the rows of its experts, sums their results, and sends one row back::
 
-    dispatch    prepare (rows by expert)        communicate (exchange)   finish (rows of one expert together)
-    combine     prepare (order of arrival)      communicate (exchange)   finish (sum the rows of each token)
+    T tokens -> S rows sent -> N rows received -> R rows of experts -> N sums -> S sums that come back -> T tokens
 
-Shapes: T local tokens, H hidden, E experts, K experts a token, S routed rows sent, R routed rows received.
+Neither side moves a row twice: its place is computed from counts. The counts of all ranks are exchanged once, which is
+where the host waits. Where nothing leaves the rank there is one copy and one sum, no message and no waiting.
+
+Group-limited routing limits nodes: where ranks of a node stand side by side in ``ep`` and the experts of a group lie on
+one node, a token goes to at most ``top_k_groups`` nodes.
+
+In another stack::
+
+    dispatcher = AllToAllDispatcher(num_experts, process_group)
+    d = dispatcher.dispatch(hidden_TH, routing_of(experts_TK, weights_TK, num_experts))
+    rows_RH = my_experts(d.rows, d.counts) * d.weights[:, None]
+    output_TH = dispatcher.combine(rows_RH, d)
+
+Shapes: T local tokens, H hidden, E experts, K experts a token; S, N and R as above.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from r1mega.collectives import all_gather
 from r1mega.kernels.combine import combine
-from r1mega.kernels.permute import RowMap, permute, reorder
-from r1mega.moe.collectives import Route, ToExperts, ToTokens
+from r1mega.kernels.permute import RowMap, _copy_rows, permute
+from r1mega.kernels.route import rank_choices
+from r1mega.moe.collectives import Counts
+from r1mega.moe.exchanges import ExpertRanks, Plan, ToExperts, ToTokens
 from r1mega.moe.router import Routing
+from r1mega.moe.wire import RowFormat
 from r1mega.pipeline.exchange import exchange_at_once
+
+
+def routing_of(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Routing:
+    """What the dispatcher needs of a router of another stack.
+
+    Args:
+        experts_TK: ``[T, K]`` int64, different in each row; E marks a dropped choice.
+        weights_TK: ``[T, K]``, float32 or wider.
+        num_experts: E.
+    """
+    return Routing(experts_TK, weights_TK, *rank_choices(experts_TK, num_experts))
 
 
 @dataclass
 class Dispatch:
-    """One microbatch's rows on their way through one layer.
+    """Some tokens of one layer on their way.
 
     Args:
-        rows: ``[S or R, H]`` at the present step.
-        weights: ``[S or R]``, the router's weight of each row.
-        row_map: which rows belong to which token.
-        sent_counts: ``[E]`` rows of this rank for each expert.
-        counts: ``[local experts]`` rows of each local expert.
-        route: who sends how much to whom; None where nothing leaves the rank.
-        order: the permutation from the order of arrival to expert order, and its inverse; None where they are the same.
+        inputs: tokens and their weights; where nothing leaves the rank, rows of the experts and their weights.
+        row_map: the rows of each token where nothing leaves the rank.
+        plan: the way over other ranks.
+        local_counts: rows of each expert where nothing leaves the rank.
+        source: the tokens, where nothing leaves the rank and they are kept.
+        rows: ``[R, H]``, sorted by local expert; set by :meth:`AllToAllDispatcher.dispatch`.
+        weights: ``[R]``, the router's weight of each row; set there, too.
     """
 
-    rows: Tensor
-    weights: Tensor
-    row_map: RowMap
-    sent_counts: Tensor
-    counts: list[int] = field(default_factory=list)
-    route: Route | None = None
-    order: tuple[Tensor, Tensor] | None = None
+    inputs: tuple[Tensor, Tensor]
+    row_map: RowMap | None = None
+    plan: Plan | None = None
+    local_counts: list[int] | Tensor = field(default_factory=list)
+    source: Tensor | None = None
+    rows: Tensor | None = None
+    weights: Tensor | None = None
+
+    @property
+    def counts(self) -> list[int] | Tensor:
+        """Rows of each local expert, once :attr:`to_experts` was started; a tensor where only a GPU knows them."""
+        return self.local_counts if self.plan is None else self.plan.splits.counts
+
+    @property
+    def to_experts(self) -> ToExperts | None:
+        """The exchange that makes rows of the experts of :attr:`inputs`; None where they are that already."""
+        return None if self.plan is None else ToExperts(self.plan)
+
+    @property
+    def to_tokens(self) -> ToTokens | None:
+        """The exchange that sums the experts' rows of each token; None where :meth:`finish` does."""
+        return None if self.plan is None else ToTokens(self.plan)
+
+    def finish(self, rows: Tensor) -> Tensor:
+        """``[T, H]`` of what :attr:`to_tokens` gave, or of the experts' rows where that is None."""
+        return rows if self.row_map is None else combine(rows, self.row_map)
+
+    @property
+    def rows_again(self) -> Callable[[], Tensor]:
+        """Copies the experts' rows once more from what was kept; holds none of :attr:`inputs`. Not differentiable."""
+        if self.plan is not None:
+            return self.plan.rows_again
+        assert self.source is not None and self.row_map is not None
+        return partial(_copy_rows, self.source, self.row_map)
 
 
 class AllToAllDispatcher:
@@ -54,118 +108,86 @@ class AllToAllDispatcher:
     Args:
         num_experts: E; rank r of ``ep`` holds experts ``r * E / ep`` to ``(r + 1) * E / ep``.
         ep: expert-parallel group.
-        etp: group of the ranks that hold parts of the same experts.
+        etp: the ranks that hold parts of the same experts; None where each expert is whole.
+        wire: ``model`` sends rows as they are, ``bfloat16`` in that type; ``float8`` sends towards the experts (tokens,
+            and gradients of results in the backward) in float8, and back in bfloat16.
+        keep_source: keep what the experts' rows are copied from, for :meth:`Dispatch.rows_again`.
     """
 
-    def __init__(self, num_experts: int, ep: ProcessGroup, etp: ProcessGroup) -> None:
-        self.num_experts, self.ep, self.etp = num_experts, ep, etp
-        self.local_experts = num_experts // ep.size()
+    def __init__(
+        self,
+        num_experts: int,
+        ep: ProcessGroup,
+        etp: ProcessGroup | None = None,
+        wire: str = "model",
+        keep_source: bool = False,
+    ) -> None:
+        if num_experts % ep.size():
+            raise ValueError(f"{num_experts} experts cannot lie on {ep.size()} ranks evenly")
+        self.ranks = ExpertRanks(num_experts, ep, None if etp is None or etp.size() == 1 else etp)
+        self.wire, self.keep_source = wire, keep_source
+        self.is_local = self.ranks.num_sources == 1
 
     def dispatch(
         self, hidden_TH: Tensor, routing: Routing, may_drop: bool = False, padded_capacity: int | None = None
     ) -> Dispatch:
-        """All three steps of the dispatch. Returns rows and weights sorted by local expert."""
-        d = self.dispatch_prepare(hidden_TH, routing, may_drop, padded_capacity)
-        return self.dispatch_finish(self.dispatch_communicate(d))
+        """Bring tokens to their experts: ``rows``, ``weights`` and ``counts`` of the result. See :meth:`prepare`."""
+        d = self.prepare(hidden_TH, routing, may_drop, padded_capacity)
+        d.rows, d.weights = d.inputs if d.plan is None else exchange_at_once(ToExperts(d.plan), *d.inputs)
+        return d
 
     def combine(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
-        """All three steps of the combine: ``[R, H] -> [T, H]``."""
-        return self.combine_finish(self.combine_communicate(self.combine_prepare(rows_RH, d), d), d)
+        """Bring the results back, weighted already, and sum those of each token: ``[R, H] -> [T, H]``."""
+        return d.finish(rows_RH if d.plan is None else exchange_at_once(ToTokens(d.plan), rows_RH)[0])
 
-    def dispatch_prepare(
+    def prepare(
         self, hidden_TH: Tensor, routing: Routing, may_drop: bool = False, padded_capacity: int | None = None
     ) -> Dispatch:
-        """Copy tokens to routed rows, sorted by expert.
+        """All that comes before rows are sent; their counts are on the way when this returns.
 
         Args:
             hidden_TH: ``[T, H]``.
             routing: experts and weights of each token.
             may_drop: whether some choices are dropped.
-            padded_capacity: pad the rows of each expert to this many.
+            padded_capacity: the most rows of this rank for one expert. All is padded to it, so that shapes are known
+                and no counts are exchanged; T must be the same on all ranks then.
         """
-        counts = routing.counts_E
+        if not self.is_local:
+            return self.prepare_chunks(hidden_TH, routing, 1, padded_capacity)[0]
         rows, weights, row_map = permute(
-            hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, counts, may_drop, padded_capacity,
-            routing.first_row_NE,
+            hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, routing.counts_E, may_drop,
+            padded_capacity, routing.first_row_NE,
         )  # fmt: skip
+        counts: list[int] | Tensor = routing.counts_E
         if padded_capacity is not None:
-            counts = torch.full_like(counts, padded_capacity)
-        return Dispatch(rows, weights, row_map, counts)
+            counts = [padded_capacity] * self.ranks.num_experts
+        elif not hidden_TH.is_cuda:  # a GPU's products read the counts there: the host need not wait for them
+            counts = routing.counts_E.tolist()
+        source = hidden_TH.detach() if self.keep_source else None
+        return Dispatch((rows, weights), row_map, local_counts=counts, source=source)
 
-    def dispatch_communicate(self, d: Dispatch) -> Dispatch:
-        """Exchange counts, then rows and weights. The counts are read on the host here."""
-        exchange = self.to_experts(d)
-        if exchange is not None:
-            d.rows, d.weights = exchange_at_once(exchange, d.rows, d.weights)
-        return d
+    def prepare_chunks(
+        self, hidden_TH: Tensor, routing: Routing, num_chunks: int, padded_capacity: int | None = None
+    ) -> list[Dispatch]:
+        """:meth:`prepare` with the tokens cut into ``num_chunks`` parts, whose counts are one message."""
+        assert not self.is_local
+        weights_TK, experts_TK = routing.weights_TK, routing.experts_TK
+        top_k = experts_TK.shape[1]
+        format = RowFormat(hidden_TH.shape[1], top_k, hidden_TH.dtype, weights_TK.dtype, self.wire)
+        # all ranks have the same number of parts, some of them empty perhaps
+        parts = experts_TK.tensor_split(num_chunks) if num_chunks > 1 else (experts_TK,)
+        plans = [Plan(self.ranks, format, part, padded_capacity, self.keep_source) for part in parts]
+        if padded_capacity is None:
+            of_experts = [self._counts(part) for part in parts] if num_chunks > 1 else [routing.counts_E]
+            sent = [plan.counts(counts_E) for plan, counts_E in zip(plans, of_experts, strict=True)]
+            exchanged = Counts(torch.stack(sent, dim=1), self.ranks.ep, self.ranks.etp)
+            for number, plan in enumerate(plans):
+                plan.exchanged = exchanged, number
+        if num_chunks == 1:
+            return [Dispatch((hidden_TH, weights_TK), plan=plans[0])]
+        pairs = zip(hidden_TH.tensor_split(num_chunks), weights_TK.tensor_split(num_chunks), strict=True)
+        return [Dispatch(inputs, plan=plan) for inputs, plan in zip(pairs, plans, strict=True)]
 
-    def to_experts(self, d: Dispatch) -> ToExperts | None:
-        """Exchange the counts; what is left to exchange is rows and weights. None where nothing leaves the rank."""
-        if self.ep.size() == 1 and self.etp.size() == 1:
-            d.counts = d.sent_counts.tolist()
-            return None
-        sent = d.sent_counts.view(self.ep.size(), self.local_experts)
-        received = _exchange_counts(sent, self.ep)
-        gathered = _gather_counts(received, self.etp)
-        totals = sent.sum(1).tolist(), received.sum(1).tolist(), gathered.sum((1, 2)).tolist()
-        d.counts = gathered.sum((0, 1)).tolist()
-        d.route = Route(self.ep, self.etp, *totals)
-        d.order = _expert_order(gathered.flatten(0, 1), d.rows.device)
-        return ToExperts(d.route)
-
-    def dispatch_finish(self, d: Dispatch) -> Dispatch:
-        """Bring the rows of each local expert together."""
-        if d.order is not None:
-            d.rows, d.weights = reorder(d.rows, *d.order), reorder(d.weights, *d.order)
-        d.rows = d.rows.contiguous()
-        return d
-
-    def combine_prepare(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
-        """Back into the order of arrival."""
-        return rows_RH if d.order is None else reorder(rows_RH, *reversed(d.order))
-
-    def combine_communicate(self, rows_RH: Tensor, d: Dispatch) -> Tensor:
-        """Sum the parts of each expert and send the rows back to their tokens' rank."""
-        exchange = self.to_tokens(d)
-        return rows_RH if exchange is None else exchange_at_once(exchange, rows_RH)[0]
-
-    def to_tokens(self, d: Dispatch) -> ToTokens | None:
-        """The exchange that :meth:`combine_communicate` does; None where nothing left the rank."""
-        return None if d.route is None else ToTokens(d.route)
-
-    def combine_finish(self, rows_SH: Tensor, d: Dispatch) -> Tensor:
-        """Sum the rows of each token (the experts applied the weights): ``[S, H] -> [T, H]``."""
-        return combine(rows_SH, d.row_map)
-
-
-def _exchange_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
-    """``[ep, local experts]`` to send, to ``[ep, local experts]`` to receive."""
-    if group.size() == 1:
-        return counts
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=group)
-    return received
-
-
-def _gather_counts(counts: Tensor, group: ProcessGroup) -> Tensor:
-    """``[etp, ep, local experts]``: what each rank that shares these experts received."""
-    if group.size() == 1:
-        return counts.unsqueeze(0)
-    return all_gather(counts.unsqueeze(0), group)
-
-
-def _expert_order(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """The permutation from (source, expert) to (expert, source) order of row blocks, and its inverse.
-
-    Args:
-        counts: ``[sources, local experts]`` rows of each block.
-        device: of the result.
-    """
-    if counts.shape[0] == 1 or counts.shape[1] == 1:
-        return None
-    blocks = torch.arange(int(counts.sum()), device=device).split(counts.flatten().tolist())
-    experts = counts.shape[1]
-    order = torch.cat([block for expert in range(experts) for block in blocks[expert::experts]])
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.shape[0], device=device)
-    return order, inverse
+    def _counts(self, experts_TK: Tensor) -> Tensor:
+        num_experts = self.ranks.num_experts
+        return torch.bincount(experts_TK.flatten(), minlength=num_experts + 1)[:num_experts]

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from r1mega.config import MoEConfig
 from r1mega.moe.dispatcher import AllToAllDispatcher, Dispatch
+from r1mega.moe.exchanges import ToExperts, ToTokens
 from r1mega.moe.experts import Experts
+from r1mega.moe.overlap import begin
 from r1mega.moe.router import Router, Routing, expert_capacity
 from r1mega.parallel_state import ParallelState
 from r1mega.pipeline.exchange import Cut, Steps, at_once
@@ -35,7 +37,9 @@ class MoELayer(nn.Module):
         self.experts = Experts(hidden_size, config, state, dtype, device)
         shared_width = config.num_shared_experts * config.ffn_hidden_size
         self.shared_experts = FeedForward(hidden_size, shared_width, state, dtype, device) if shared_width else None
-        self.dispatcher = AllToAllDispatcher(config.num_experts, state.group("ep"), state.group("etp"))
+        self.dispatcher = AllToAllDispatcher(
+            config.num_experts, state.group("ep"), state.group("etp"), config.wire, config.recompute
+        )
 
     def forward(self, hidden_TH: Tensor, length: int, num_sequences: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the output and the router's losses.
@@ -48,24 +52,43 @@ class MoELayer(nn.Module):
         return at_once(self.steps(hidden_TH, length, num_sequences))[0]
 
     def steps(self, hidden_TH: Tensor, length: int, num_sequences: int) -> Steps[tuple[Tensor, dict[str, Tensor]]]:
-        """:meth:`forward`, cut at its two exchanges; the losses belong to the first cut."""
+        """:meth:`forward`, cut at its two exchanges; the losses belong to the first cut.
+
+        With ``moe.chunks`` nothing pauses: the exchanges of one chunk run under the experts of the others instead.
+        """
         routing = self.gate(hidden_TH, length, num_sequences)
-        d = self._prepare(hidden_TH, routing, length)
-        to_experts = self.dispatcher.to_experts(d)
-        (d.rows, d.weights), (hidden_TH,) = yield Cut(
-            (d.rows, d.weights), to_experts, (hidden_TH,), tuple(routing.losses.values())
-        )
-        d = self.dispatcher.dispatch_finish(d)
-        rows = self.dispatcher.combine_prepare(self.experts(d.rows, d.weights, d.counts), d)
-        (rows,), (hidden_TH,) = yield Cut((rows,), self.dispatcher.to_tokens(d), (hidden_TH,))
-        output = self.dispatcher.combine_finish(rows, d)
+        if self.config.chunks > 1 and not self.dispatcher.is_local:
+            _, (hidden_TH,) = yield Cut((), None, (hidden_TH,), tuple(routing.losses.values()))
+            return self._in_chunks(hidden_TH, routing, self._capacity(hidden_TH, length)), routing.losses
+        may_drop = self.config.capacity_factor is not None
+        d = self.dispatcher.prepare(hidden_TH, routing, may_drop, self._capacity(hidden_TH, length))
+        kept: tuple[Tensor, ...] = () if self.shared_experts is None else (hidden_TH,)
+        (rows, weights), kept = yield Cut(d.inputs, d.to_experts, kept, tuple(routing.losses.values()))
+        (rows,), kept = yield Cut((self._run_experts(d, rows, weights),), d.to_tokens, kept)
+        output = d.finish(rows)
         if self.shared_experts is not None:
-            output = output + self.shared_experts(hidden_TH)
+            output = output + self.shared_experts(*kept)
         return output, routing.losses
 
-    def _prepare(self, hidden_TH: Tensor, routing: Routing, length: int) -> Dispatch:
-        may_drop, capacity = self.config.capacity_factor is not None, None
-        if self.config.pad_to_capacity:
-            sequences = hidden_TH.shape[0] * self.gate.group.size() // length
-            capacity = min(hidden_TH.shape[0], sequences * expert_capacity(self.config, length))
-        return self.dispatcher.dispatch_prepare(hidden_TH, routing, may_drop, capacity)
+    def _in_chunks(self, hidden_TH: Tensor, routing: Routing, capacity: int | None) -> Tensor:
+        """All chunks set out at once; each comes back as soon as its experts have run."""
+        chunks = self.dispatcher.prepare_chunks(hidden_TH, routing, self.config.chunks, capacity)
+        plans = [d.plan for d in chunks if d.plan is not None]
+        going = [begin(ToExperts(plan), *d.inputs) for d, plan in zip(chunks, plans, strict=True)]
+        shared = None if self.shared_experts is None else self.shared_experts(hidden_TH)
+        coming = []
+        for d, plan, begun in zip(chunks, plans, going, strict=True):
+            rows, weights = begun.wait()
+            coming.append(begin(ToTokens(plan), self._run_experts(d, rows, weights)))
+        output = torch.cat([begun.wait()[0] for begun in coming])
+        return output if shared is None else output + shared
+
+    def _run_experts(self, d: Dispatch, rows: Tensor, weights: Tensor) -> Tensor:
+        return self.experts(rows, weights, d.counts, d.rows_again if self.config.recompute else None)
+
+    def _capacity(self, hidden_TH: Tensor, length: int) -> int | None:
+        """What each expert is padded to for the tokens of one rank; None pads nothing."""
+        if not self.config.pad_to_capacity:
+            return None
+        sequences = hidden_TH.shape[0] * self.gate.group.size() // length
+        return min(hidden_TH.shape[0], sequences * expert_capacity(self.config, length))

@@ -13,6 +13,7 @@ from r1mega.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+LOAD_PREFIX = "expert_load/"  # and the router's name: its busiest expert's tokens over the mean of its experts
 CLOCK_FIELDS = ("step_seconds", "tokens_per_second")
 
 
@@ -113,12 +114,13 @@ def _add_token_axis(axes, metrics: list[dict]) -> None:  # noqa: ANN001
     top.set_xlabel("tokens")
 
 
-def plot_expert_load(loads: Mapping[str, Sequence[int]], path: Path) -> None:
-    """Draw each expert's share of its layer's tokens, as a heat map with one row a layer.
+def plot_expert_load(loads: Mapping[str, Sequence[int]], path: Path, metrics: Sequence[dict] = ()) -> None:
+    """Draw each expert's share of its layer's tokens, and how uneven each layer was in each step, as heat maps.
 
     Args:
         loads: tokens of each expert by name of the router (``layers.3.mlp.gate``).
         path: file to write.
+        metrics: lines of ``metrics.jsonl``; without them there is the first map alone.
     """
     import numpy
     from matplotlib.figure import Figure
@@ -126,13 +128,23 @@ def plot_expert_load(loads: Mapping[str, Sequence[int]], path: Path) -> None:
     names = sorted(loads, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
     counts = numpy.array([[int(count) for count in loads[name]] for name in names], dtype=float)
     relative = counts / numpy.maximum(counts.mean(axis=1, keepdims=True), 1.0)
-    figure = Figure(figsize=(8, 1.6 + 0.3 * len(names)), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    lines = [line for line in metrics if any(line.get(LOAD_PREFIX + name) for name in names)]
+    height = 1.6 + 0.3 * len(names)
+    figure = Figure(figsize=(8, height * (2 if lines else 1)), dpi=150, layout="constrained")
+    axes, *below = figure.subplots(2 if lines else 1, squeeze=False)[:, 0]
     image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0, interpolation="nearest")
-    axes.set_yticks(range(len(names)), [name.removesuffix(".mlp.gate") for name in names])
     axes.set_xlabel("routed expert")
     axes.set_title("tokens of an expert over the layer's mean (1 is even), last steps", fontsize=10)
     figure.colorbar(image, ax=axes)
+    for other in below:
+        uneven = numpy.array([[line.get(LOAD_PREFIX + name) or numpy.nan for line in lines] for name in names])
+        edges = lines[0]["step"] - 0.5, lines[-1]["step"] + 0.5, len(names) - 0.5, -0.5
+        image = other.imshow(uneven, aspect="auto", cmap="viridis", vmin=1.0, interpolation="nearest", extent=edges)
+        other.set_xlabel("optimizer step")
+        other.set_title("tokens of the busiest expert over the layer's mean", fontsize=10)
+        figure.colorbar(image, ax=other)
+    for each in (axes, *below):
+        each.set_yticks(range(len(names)), [name.removesuffix(".mlp.gate") for name in names])
     _save(figure, path)
 
 

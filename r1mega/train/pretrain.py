@@ -123,9 +123,10 @@ def run(config: Config, state: ParallelState, checkpoint: Path | None) -> None:
     loads = _gather_loads(trainer)
     if state.rank == 0:
         writer.close()
-        plot_loss(read_metrics(folder / METRICS_FILE), folder / LOSS_PICTURE)
+        lines = read_metrics(folder / METRICS_FILE)
+        plot_loss(lines, folder / LOSS_PICTURE)
         if loads:
-            plot_expert_load(loads, folder / LOAD_PICTURE)
+            plot_expert_load(loads, folder / LOAD_PICTURE, lines)
         print("\n" + summary(folder, config.train.sample_prompt, text), flush=True)
 
 

@@ -20,13 +20,14 @@ from r1mega.kernels.parameter import local
 from r1mega.model.blocks import list_blocks
 from r1mega.model.huggingface import load_huggingface
 from r1mega.model.init import initialize
-from r1mega.moe.balance import max_over_mean, named_routers, update_router_bias
+from r1mega.moe.balance import max_over_mean, named_routers, router_names, update_router_bias
 from r1mega.optim.adamw import AdamW
 from r1mega.optim.copies import Copies
 from r1mega.optim.gradients import Gradients
 from r1mega.optim.schedule import learning_rate
 from r1mega.parallel_state import ParallelState
 from r1mega.train.checkpoint import Checkpointer, Progress, load
+from r1mega.train.metrics import LOAD_PREFIX
 from r1mega.train.run_folder import CHECKPOINT_FOLDER
 from r1mega.train.schedule import build_table, num_microbatches
 from r1mega.train.sharding import named_shards, reshard
@@ -73,6 +74,7 @@ class Trainer:
             self.valid_loader = self._loader(config.data.valid, config.train.valid_batches, prefetch=False)
         self.recent_loads: deque[dict[str, Tensor]] = deque(maxlen=LOAD_STEPS)
         self._metric_names = metric_names(config)
+        self._router_names = router_names(config.model)
 
     def step(self) -> dict[str, int | float]:
         """One optimizer step; its metrics, the same on every rank. Raises :class:`TrainingError`."""
@@ -144,14 +146,22 @@ class Trainer:
 
     def _reduce(self, losses: Mapping[str, Tensor], loads: Mapping[str, Tensor]) -> dict[str, float]:
         """Losses and expert balance of the whole model, in one all-reduce with the news of a failed checkpoint."""
-        ratios = [max_over_mean(load) for load in loads.values()] if self.state.rank_in("tp_dp_cp") == 0 else []
+        ratios = {}
+        if self.state.rank_in("tp_dp_cp") == 0:
+            ratios = {name: max_over_mean(load) for name, load in loads.items()}
         values = [losses.get(name, 0.0) for name in self._metric_names]
-        values += [sum(ratios, 0.0), float(len(ratios)), float(self.checkpointer.failed())]
-        *sums, ratio, count, failed = self._sum_over_ranks(values)
+        values += [ratios.get(name, 0.0) for name in self._router_names]
+        values += [float(name in ratios) for name in self._router_names]  # two copies of a layer report twice
+        *sums, failed = self._sum_over_ranks([*values, float(self.checkpointer.failed())])
         if failed:
             self.checkpointer.finish()
-        metrics = dict(zip(self._metric_names, sums, strict=True))
-        return metrics | ({"expert_load_max_over_mean": ratio / count} if count else {})
+        metrics = dict(zip(self._metric_names, sums, strict=False))
+        if not self._router_names:
+            return metrics
+        totals, counts = sums[len(metrics) :][: len(self._router_names)], sums[-len(self._router_names) :]
+        triples = zip(self._router_names, totals, counts, strict=True)
+        uneven = {LOAD_PREFIX + name: total / count for name, total, count in triples}
+        return metrics | {"expert_load_max_over_mean": sum(uneven.values()) / len(uneven)} | uneven
 
     def _sum_over_ranks(self, values: Iterable[Tensor | float]) -> list[float]:
         total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.state.device) for value in values])

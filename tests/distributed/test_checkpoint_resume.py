@@ -168,4 +168,7 @@ def test_a_finished_run_leaves_everything_where_the_summary_says(pool, job, tmp_
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     wanted = {"step", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "learning_rate", *CLOCK_FIELDS}
     assert last.keys() >= wanted | {"expert_load_max_over_mean", "valid_loss"}
+    of_layers = [value for name, value in last.items() if name.startswith("expert_load/")]
+    assert len(of_layers) > 1 and min(of_layers) >= 1
+    assert last["expert_load_max_over_mean"] == pytest.approx(sum(of_layers) / len(of_layers))
     assert last["tokens"] == STEPS * 4 * LENGTH

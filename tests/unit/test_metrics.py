@@ -77,10 +77,15 @@ def test_pictures_are_written_whole(tmp_path):
     lines = [line(step, mtp_loss=5.0 / step) for step in range(1, 20)]
     lines[9]["valid_loss"] = lines[18]["valid_loss"] = 3.0
     plot_loss(lines, tmp_path / "loss.png")
-    plot_expert_load({"layers.1.mlp.gate": [3, 1], "layers.10.mlp.gate": [0, 0]}, tmp_path / "load.png")
-    for name in ("loss.png", "load.png"):
+    loads = {"layers.1.mlp.gate": [3, 1], "layers.10.mlp.gate": [0, 0]}
+    plot_expert_load(loads, tmp_path / "load.png")
+    for entry in lines[5:]:
+        entry |= {f"expert_load/{name}": 1.0 + entry["step"] for name in loads}
+    plot_expert_load(loads, tmp_path / "steps.png", lines)
+    for name in ("loss.png", "load.png", "steps.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["load.png", "loss.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["load.png", "loss.png", "steps.png"]
+    assert len((tmp_path / "steps.png").read_bytes()) > len((tmp_path / "load.png").read_bytes())
 
 
 def test_a_run_without_steps_has_a_picture_too(tmp_path):

@@ -7,7 +7,6 @@ import torch
 
 from r1mega.config import MoEConfig
 from r1mega.moe.balance import max_over_mean, update_router_bias
-from r1mega.moe.collectives import _pack, _unpack
 from r1mega.moe.layer import MoELayer
 from r1mega.moe.router import Router, balance_loss, drop_over_capacity, expert_capacity
 from r1mega.parallel_state import ParallelState
@@ -118,12 +117,3 @@ def test_evaluation_does_not_count_tokens(state):
     with torch.no_grad():
         router(torch.randn(8, 4), 8, 1)
     assert router.tokens_per_expert.sum() == 0
-
-
-@pytest.mark.parametrize("num_rows", [0, 1, 5])
-@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
-def test_a_weight_travels_bit_for_bit_behind_its_row(num_rows, dtypes):
-    row_dtype, weight_dtype = (getattr(torch, name) for name in dtypes)
-    rows, weights = torch.randn(num_rows, 4).to(row_dtype), torch.randn(num_rows).to(weight_dtype)
-    got_rows, got_weights = _unpack(_pack(rows, weights), 4, weight_dtype)
-    assert torch.equal(got_rows, rows) and torch.equal(got_weights, weights)

@@ -1,0 +1,189 @@
+"""What an uneven load of the experts costs a MoE layer, and what another placement of the experts gains.
+
+    python benchmarks/imbalance.py                                       # 2 ranks, 5 degrees of skew: a minute
+    python benchmarks/imbalance.py --ranks 4 --skew 0 0.5 1 --redundant 8
+    python benchmarks/imbalance.py --output benchmarks/results/imbalance.json    # and imbalance.png beside it
+
+Choices are drawn so that expert e is chosen in proportion to ``(e + 1) ** -skew``: neighbouring experts, which lie on
+one rank, are alike, as in a model whose balance is lost. Each rank then dispatches its tokens over gloo, runs its
+experts, combines, and goes back through all of it. A step takes as long as its busiest rank: reported are that rank's
+CPU-seconds, with experts in order, placed by load, and placed with further copies of the busiest
+(:mod:`r1mega.moe.placement`; with other tokens than those that decided the placement, and without the sum of the
+copies' gradients), and beside it the busiest rank's rows over the mean, as the placement foretells them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+SIZES = {"tokens": 1024, "hidden": 256, "experts": 32, "top_k": 4, "width": 256}
+PLACEMENTS = ("in order", "placed", "placed with copies")
+LIMIT_SECONDS = 600
+
+
+def measure(arguments: argparse.Namespace) -> list[dict]:
+    """One rank: all skews and placements; the same list on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    from r1mega.moe.placement import in_order, max_over_mean, place_experts
+    from r1mega.parallel_state import Layout, ParallelState
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    state = ParallelState(Layout(arguments.ranks, ep=arguments.ranks))
+    slots = (arguments.experts + arguments.redundant) // arguments.ranks
+    lines = []
+    for number, skew in enumerate(arguments.skew):
+        if state.rank == 0:
+            print(f"[{number + 1}/{len(arguments.skew)}] skew {skew:g}", file=sys.stderr, flush=True)
+        load = torch.bincount(_choices(arguments, skew, seed=1000).flatten(), minlength=arguments.experts).tolist()
+        placements = {
+            "in order": in_order(arguments.experts, arguments.ranks),
+            "placed": place_experts(load, arguments.ranks, arguments.experts // arguments.ranks),
+            "placed with copies": place_experts(load, arguments.ranks, slots),
+        }
+        experts_TK = _choices(arguments, skew, seed=state.rank)
+        counts = torch.bincount(experts_TK.flatten(), minlength=arguments.experts)
+        dist.all_reduce(counts)
+        line = {"skew": skew, "experts_max_over_mean": max_over_mean(counts.tolist()), "placements": {}}
+        for name, placement in placements.items():
+            line["placements"][name] = {
+                "ranks_max_over_mean": max_over_mean(placement.load_of_ranks(counts.tolist())),
+                "cpu_seconds_of_ranks": _time_layer(arguments, state, placement, experts_TK),
+            }
+        lines.append(line)
+    dist.destroy_process_group()
+    return lines if state.rank == 0 else []
+
+
+def _choices(arguments: argparse.Namespace, skew: float, seed: int):  # noqa: ANN202 - torch is not imported yet
+    """``[T, K]`` different experts for each token."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    likely = torch.arange(1, arguments.experts + 1).float().pow(-skew)
+    return torch.multinomial(likely.expand(arguments.tokens, -1), arguments.top_k, generator=generator)
+
+
+def _time_layer(arguments: argparse.Namespace, state, placement, experts_TK) -> list[float]:  # noqa: ANN001
+    """Median CPU-seconds of each rank for a forward and backward."""
+    import torch
+    import torch.distributed as dist
+
+    from r1mega.config import MoEConfig
+    from r1mega.moe.dispatcher import AllToAllDispatcher, routing_of
+    from r1mega.moe.experts import Experts
+
+    num_slots = len(placement.experts[0]) * arguments.ranks
+    experts = Experts(arguments.hidden, MoEConfig(num_slots, arguments.top_k, arguments.width), state)
+    dispatcher = AllToAllDispatcher(num_slots, state.group("ep"))
+    slots_TK = placement.slots_of(experts_TK)
+    x_TH = torch.randn(arguments.tokens, arguments.hidden, requires_grad=True)
+    weights_TK = torch.rand(slots_TK.shape, requires_grad=True)
+    grad_TH = torch.randn_like(x_TH)
+    times = []
+    for _ in range(arguments.num_steps + 1):
+        dist.barrier()
+        start = time.process_time()
+        d = dispatcher.dispatch(x_TH, routing_of(slots_TK, weights_TK, num_slots))
+        dispatcher.combine(experts(d.rows, d.weights, d.counts), d).backward(grad_TH)
+        times.append(time.process_time() - start)
+    everyone: list[float] = [0.0] * arguments.ranks
+    dist.all_gather_object(everyone, statistics.median(times[1:]))
+    return everyone
+
+
+def plot(lines: list[dict], path: Path) -> None:
+    """Time of the busiest rank, and its load over the mean, by skew."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    skews = [line["skew"] for line in lines]
+    for name in PLACEMENTS:
+        found = [line["placements"][name] for line in lines]
+        left.plot(skews, [1e3 * max(each["cpu_seconds_of_ranks"]) for each in found], marker="o", label=name)
+        right.plot(skews, [each["ranks_max_over_mean"] for each in found], marker="o", label=name)
+    left.set_ylabel("CPU-milliseconds of the busiest rank")
+    left.set_ylim(bottom=0)
+    right.set_ylabel("rows of the busiest rank over the mean")
+    for axes in (left, right):
+        axes.set_xlabel("skew s: expert e is chosen in proportion to (e + 1)^-s")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def table(lines: list[dict]) -> str:
+    """The lines as text."""
+    rows = [f"{'skew':>5}{'experts max/mean':>18}" + "".join(f"{name:>30}" for name in PLACEMENTS)]
+    rows.append(" " * 23 + f"{'ms   max/mean of ranks':>30}" * len(PLACEMENTS))
+    for line in lines:
+        cells = [line["placements"][name] for name in PLACEMENTS]
+        rows.append(
+            f"{line['skew']:5.2f}{line['experts_max_over_mean']:18.2f}"
+            + "".join(f"{1e3 * max(c['cpu_seconds_of_ranks']):19.2f}{c['ranks_max_over_mean']:11.2f}" for c in cells)
+        )
+    return "\n".join(rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="of the expert-parallel group, default %(default)s")
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="default %(default)s")
+    skew_help = "degrees of skew, default: 0 0.25 0.5 0.75 1"
+    parser.add_argument("--skew", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help=skew_help)
+    parser.add_argument("--redundant", type=int, default=8, help="further copies of experts, default %(default)s")
+    parser.add_argument("--num_steps", type=int, default=9, help="timed steps of each, default %(default)s")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON, and a picture beside it")
+    arguments = parser.parse_args()
+    for name in ("experts", "redundant"):
+        if getattr(arguments, name) % arguments.ranks:
+            parser.error(f"--{name}={getattr(arguments, name)}: must be a multiple of --ranks ({arguments.ranks})")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if "RANK" in os.environ:
+        lines = measure(arguments)
+        if lines:
+            print(json.dumps(lines), flush=True)
+        return 0
+    from benchmarks.launch import RunFailed, run_program
+    from benchmarks.moe_layer import about
+    from r1mega.files import write_whole
+
+    try:
+        lines = run_program("benchmarks.imbalance", arguments.ranks, sys.argv[1:], LIMIT_SECONDS, progress=True)
+    except RunFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(lines))
+    if arguments.output:
+        import torch
+
+        settings = {name: value for name, value in vars(arguments).items() if name != "output"}
+        content = {**about(torch.device("cpu")), "settings": settings, "lines": lines}
+        write_whole(arguments.output, json.dumps(content, indent=1) + "\n")
+        plot(lines, arguments.output.with_suffix(".png"))
+        print(f"written to {arguments.output} and {arguments.output.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -92,7 +92,8 @@ def run_tests() -> str:
         return run_tests_plainly()
     # Not the project's settings: they want the version of pytest that the project pins.
     command = [
-        sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "-o", "markers=gpu", "--rootdir", str(ROOT),
+        "-p", "no:cacheprovider",
         "--confcutdir", str(ROOT / "tests/gpu"), "--import-mode=importlib", str(ROOT / "tests/gpu"),
     ]  # fmt: skip
     if subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode:

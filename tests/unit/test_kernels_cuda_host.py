@@ -228,6 +228,8 @@ def test_permute_and_combine_and_their_gradients_equal_the_reference(num_tokens,
         rows, row_weights, row_map = permute(
             x, weights, experts, ranks, counts, **kinds.get(kind, {}), first_row_NE=first_row
         )
+        if kind == "padded":
+            assert torch.equal(row_map.row_of_choice // kinds["padded"]["capacity"], experts)
         out = combine(rows * row_weights.unsqueeze(1), row_map)
         gradients = torch.autograd.grad(out, (x, weights), random(num_tokens, 20, seed=1))
         results.append((rows, row_weights, row_map.row_of_choice, out, *gradients))

@@ -159,6 +159,26 @@ def test_rows_are_sorted_by_expert_and_within_an_expert_by_token(implementation,
     assert weights.tolist() == [100 * e + t for e, t in pairs]
 
 
+@pytest.mark.parametrize("capacity", [None, 40])
+def test_the_first_rows_that_route_gives_are_those_of_the_counts(implementation, capacity):
+    choices = route(random(70, 12, dtype=torch.float32), None, RouteOptions(3))
+    decided = choices.experts_TK, choices.ranks_TK, choices.counts_E
+    x, options = random(70, 5, dtype=torch.float32), {"capacity": capacity}
+    first_rows = (choices.first_row_NE, None)
+    given, counted = (permute(x, choices.weights_TK, *decided, **options, first_row_NE=first) for first in first_rows)
+    assert torch.equal(given[0], counted[0]) and torch.equal(given[1], counted[1])
+    if capacity is not None:
+        assert torch.equal(given[2].row_of_choice // capacity, choices.experts_TK)
+
+
+def test_score_sums_are_over_tokens_of_scores_divided_by_their_sum(implementation):
+    for function in ("sigmoid", "softmax"):
+        choices = route(random(9, 6), None, RouteOptions(2, function), with_scores=True)
+        expected = sum(row / row.sum() for row in choices.scores_TE)
+        torch.testing.assert_close(choices.score_sums_E, expected)
+        assert not choices.score_sums_E.requires_grad
+
+
 DROPS = {"whole": {}, "dropped": {"may_drop": True}, "padded": {"may_drop": True, "capacity": 9}}
 
 

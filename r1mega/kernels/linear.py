@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1mega.kernels import triton
+from r1mega.kernels import native, triton
 from r1mega.kernels.fake import is_fake
 from r1mega.kernels.parameter import WeightGradients, like_parameter, local
 
@@ -175,7 +175,7 @@ def _multiply(rows_RX: Tensor, weights_EXY: Tensor, rows: Rows) -> Tensor:
         if _by_triton(rows_RX, weights_EXY):
             return _triton().matmul(rows_RX.contiguous(), weights_EXY, rows.ends)
         return F.grouped_mm(rows_RX, weights_EXY, offs=rows.ends)
-    result = rows_RX.new_empty(rows_RX.shape[0], weights_EXY.shape[2])
+    result = native.empty((rows_RX.shape[0], weights_EXY.shape[2]), rows_RX)
     for weight_XY, rows_CX, result_CY in zip(weights_EXY.unbind(), *rows.split(rows_RX, result), strict=True):
         torch.mm(rows_CX, weight_XY, out=result_CY)
     return result

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from r1mega.kernels import native, triton
 from r1mega.kernels.fake import is_fake
-from r1mega.kernels.permute import RowMap, _copy_rows, _copy_weights, _sum_rows, reference_sum_rows
+from r1mega.kernels.permute import RowMap, _copy_weights, _sum_rows, copy_rows, reference_sum_rows
 
 
 def combine(rows_RH: Tensor, row_map: RowMap, weights_TK: Tensor | None = None) -> Tensor:
@@ -40,7 +40,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_TH):
-        return _copy_rows(grad_TH, ctx.row_map), None
+        return copy_rows(grad_TH, ctx.row_map), None
 
 
 class _WeightedCombine(torch.autograd.Function):
@@ -86,7 +86,7 @@ def reference_weighted_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of rows ``[R, H]``: weight times the token's gradient; and of weights ``[T, K]``: their product."""
     wide = torch.promote_types(rows_RH.dtype, weights_TK.dtype)
-    grad_RH = _copy_rows(grad_TH, row_map).to(wide)
+    grad_RH = copy_rows(grad_TH, row_map).to(wide)
     grad_R = torch.linalg.vecdot(grad_RH, rows_RH.to(wide)).to(weights_TK.dtype)
     if row_map.dropped:
         grad_R = torch.cat([grad_R, grad_R.new_zeros(1)])  # which -1 points at

@@ -44,6 +44,7 @@ def permute(
     may_drop: bool = False,
     capacity: int | None = None,
     first_row_NE: Tensor | None = None,
+    num_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, RowMap]:
     """Copy each token and its weights to its routed rows.
 
@@ -57,11 +58,13 @@ def permute(
         capacity: give each expert exactly this many rows, at least its count; the added ones are zero.
         first_row_NE: ``[N, E]`` int64, what :func:`r1mega.kernels.route.route` gave with these ranks; None where ranks
             were counted over all tokens, as :func:`r1mega.kernels.route.rank_choices` does.
+        num_rows: R where choices may be dropped, if the caller knows it; else a GPU is asked for it, and waited for.
 
     Returns:
         rows ``[R, H]``, their weights ``[R]`` and the map that :func:`combine` takes.
     """
-    num_rows = int(counts_E.sum()) if may_drop and capacity is None else experts_TK.numel()
+    if num_rows is None:
+        num_rows = int(counts_E.sum()) if may_drop and capacity is None else experts_TK.numel()
     if first_row_NE is None:
         first_row_NE = first_rows(counts_E).unsqueeze(0)
     if capacity is not None:
@@ -117,7 +120,7 @@ def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_N
         )  # fmt: skip
         return rows
     find_rows(experts_TK, ranks_TK, first_row_NE, row_map)
-    return _copy_rows(input_TH, row_map)
+    return copy_rows(input_TH, row_map)
 
 
 def find_rows(experts_TK: Tensor, ranks_TK: Tensor, first_row_NE: Tensor, row_map: RowMap) -> None:
@@ -131,9 +134,8 @@ def find_rows(experts_TK: Tensor, ranks_TK: Tensor, first_row_NE: Tensor, row_ma
 def _copy_weights(weights_TK: Tensor, row_map: RowMap) -> Tensor:
     rows, weights = row_map.row_of_choice.flatten(), weights_TK.detach().flatten()
     if row_map.dropped:
-        kept = rows >= 0
-        rows, weights = rows[kept], weights[kept]
-    return weights.new_zeros(row_map.num_rows).index_copy_(0, rows, weights)
+        rows = rows.masked_fill(rows < 0, row_map.num_rows)  # one row more, where they meet
+    return weights.new_zeros(row_map.num_rows + row_map.dropped).index_copy_(0, rows, weights)[: row_map.num_rows]
 
 
 def _rows_for(input_TH: Tensor, row_map: RowMap) -> tuple[Tensor, int]:
@@ -142,7 +144,8 @@ def _rows_for(input_TH: Tensor, row_map: RowMap) -> tuple[Tensor, int]:
     return out.zero_() if row_map.padded else out, width * input_TH.element_size()
 
 
-def _copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
+def copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
+    """The rows ``[R, H]`` of tokens ``[T, H]``, as :func:`permute` gave them; not differentiable."""
     rows = row_map.row_of_choice
     if native.takes(input_TH):
         input_TH = input_TH.contiguous()
@@ -154,9 +157,9 @@ def _copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
     if cuda.takes_rows(input_TH, rows):
         return cuda.copy_rows(input_TH.contiguous(), rows.contiguous(), row_map.num_rows, row_map.padded)
     if triton.takes(input_TH):
-        from r1mega.kernels.triton.combine import copy_rows
+        from r1mega.kernels.triton.combine import copy_rows as by_triton
 
-        return copy_rows(input_TH.contiguous(), rows.contiguous(), row_map.num_rows, row_map.padded)
+        return by_triton(input_TH.contiguous(), rows.contiguous(), row_map.num_rows, row_map.padded)
     return reference_copy_rows(input_TH, row_map)
 
 
@@ -203,21 +206,3 @@ def reference_sum_rows(rows_RH: Tensor, row_map: RowMap, weights_TK: Tensor | No
     first = kept.sum(1).cumsum(0) - kept.sum(1)
     weights = None if weights_TK is None else weights_TK[kept]
     return F.embedding_bag(rows[kept], rows_RH, first, mode="sum", per_sample_weights=weights)
-
-
-class _Reorder(torch.autograd.Function):
-    """Rows in another order; the backward puts them back, without the scatter of ``index_select``'s own."""
-
-    @staticmethod
-    def forward(ctx, rows, order, inverse):
-        ctx.inverse = inverse
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.index_select(0, ctx.inverse), None, None
-
-
-def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """``rows[order]`` for a permutation ``order`` of the rows whose inverse is ``inverse``."""
-    return _Reorder.apply(rows, order, inverse)

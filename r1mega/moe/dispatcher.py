@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1mega.kernels.combine import combine
-from r1mega.kernels.permute import RowMap, _copy_rows, permute
+from r1mega.kernels.permute import RowMap, copy_rows, permute
 from r1mega.kernels.route import rank_choices
 from r1mega.moe.collectives import Counts
 from r1mega.moe.exchanges import ExpertRanks, Plan, ToExperts, ToTokens
@@ -99,7 +99,7 @@ class Dispatch:
         if self.plan is not None:
             return self.plan.rows_again
         assert self.source is not None and self.row_map is not None
-        return partial(_copy_rows, self.source, self.row_map)
+        return partial(copy_rows, self.source, self.row_map)
 
 
 class AllToAllDispatcher:

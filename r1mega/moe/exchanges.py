@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1mega.kernels.combine import combine
-from r1mega.kernels.permute import RowMap, _copy_rows, permute
+from r1mega.kernels.permute import RowMap, copy_rows, permute
 from r1mega.kernels.route import rank_choices
 from r1mega.moe.collectives import Counts, InFlight, Splits, gather, scatter, start_exchange
 from r1mega.moe.wire import RowFormat
@@ -120,7 +120,7 @@ class Plan:
             places.masked_fill_(self._destinations == len(sent), -1)
             self.token_map = RowMap(places, sum(sent), True, padded)
             del self._destinations, self._ranks
-        return _copy_rows(message_TW, self.token_map)
+        return copy_rows(message_TW, self.token_map)
 
     def arrive(self, message_NW: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and weights of the local experts: ``[R, H]``, a view with gaps between its rows, and ``[R]``."""
@@ -128,7 +128,10 @@ class Plan:
         local_NK = self.ranks.local_ids(experts_NK)
         capacity = None if self.capacity is None else self.capacity * self.ranks.num_sources
         places = rank_choices(local_NK, self.ranks.local_experts)
-        rows, weights_R, self.expert_map = permute(source, weights_NK, local_NK, *places, True, capacity)
+        num_rows = sum(self.splits.counts)  # the host knows it: a GPU need not be asked
+        rows, weights_R, self.expert_map = permute(
+            source, weights_NK, local_NK, *places, True, capacity, num_rows=num_rows
+        )
         if self.keep_source:
             self.source = source
         return rows[:, : self.format.width], weights_R
@@ -136,7 +139,7 @@ class Plan:
     def rows_again(self) -> Tensor:
         """The rows that :meth:`arrive` gave."""
         assert self.source is not None and self.expert_map is not None
-        return _copy_rows(self.source, self.expert_map)[:, : self.format.width]
+        return copy_rows(self.source, self.expert_map)[:, : self.format.width]
 
     def sum_of_token(self, rows_SH: Tensor) -> Tensor:
         """``[S, H] -> [T, H]``"""
@@ -150,7 +153,7 @@ class Plan:
     def copies_of_received(self, rows_NH: Tensor) -> Tensor:
         """``[N, H] -> [R, H]``"""
         assert self.expert_map is not None
-        return _copy_rows(rows_NH, self.expert_map)
+        return copy_rows(rows_NH, self.expert_map)
 
     def gather_etp(self, rows: Tensor) -> Tensor:
         """The rows of all ranks that hold parts of the same experts."""

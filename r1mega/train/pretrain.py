@@ -15,7 +15,7 @@ from torch import Tensor
 
 from r1mega.config import Config
 from r1mega.data.check import check_data
-from r1mega.kernels import native
+from r1mega.kernels import cuda, native
 from r1mega.model.huggingface import resolve_model_config
 from r1mega.parallel_state import Layout, ParallelState
 from r1mega.settings import is_first_rank, world_size_from_environment
@@ -146,6 +146,8 @@ def _announce(trainer: Trainer, printer: ProgressPrinter) -> None:
     )
     if native.library is None and state.device.type == "cpu":
         printer.message(f"r1mega: PyTorch's operations instead of C++ kernels: {native.reason}")
+    if cuda.library is None and state.device.type == "cuda":
+        printer.message(f"r1mega: Triton's or PyTorch's routing instead of CUDA kernels: {cuda.reason}")
 
 
 def _from_first_rank(checkpoint: Path | None) -> Path | None:

@@ -96,6 +96,12 @@ def test_route_decides_as_the_reference_where_many_values_are_equal(size, schedu
 
 
 @pytest.mark.usefixtures("host")
+def test_route_of_many_tiles_decides_as_the_reference():
+    (logits, bias), options = stepped((5000, 32)), RouteOptions(4)
+    assert_equal(route(logits, bias, options), reference_route(logits, bias, options))
+
+
+@pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("function", FUNCTIONS[::2], ids=str)
 @pytest.mark.parametrize(
     "size", [(70, 16, 2, 4, 2), (20, 160, 6, 8, 3), (20, 256, 8, 8, 4), (9, 384, 16, 1, 1)], ids=str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
+import torch.distributed.tensor._redistribute
 import torch.distributed.tensor.debug
 
 HOST = "127.0.0.1"
@@ -144,6 +146,7 @@ def _environment(variables: dict[str, str]):
 def _work(rank: int, port: int, connection: Connection) -> None:
     """The life of a worker: one job after the other until the pipe closes."""
     torch.set_num_threads(1)
+    caches = _caches()
     gc.freeze()  # what importing made is not looked at after each job: it takes a quarter of a second
     store = dist.TCPStore(HOST, port, is_master=False)
     connection.send_bytes(b"ready")
@@ -154,6 +157,7 @@ def _work(rank: int, port: int, connection: Connection) -> None:
         except EOFError:
             return
         _run_job(call, rank, world_size, dist.PrefixStore(str(job), store), timeout, connection)
+        _forget_groups(caches)
 
 
 def _run_job(
@@ -173,15 +177,26 @@ def _run_job(
         connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
     if dist.is_initialized():
         dist.destroy_process_group()
-    _forget_groups()
 
 
-def _forget_groups() -> None:
+def _caches() -> list[Callable[[], None]]:
+    """What empties each cache of DTensor's: many of them have device meshes for keys."""
+    wrappers = [found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper]
+    found = [wrapper.cache_clear for wrapper in wrappers if wrapper.__module__.startswith("torch.distributed")]
+    for module, name in (
+        (torch.distributed.tensor.debug, "_clear_sharding_prop_cache"),
+        (torch.distributed.tensor._redistribute, "clear_redistribute_planner_cache"),
+    ):
+        if hasattr(module, name):
+            found.append(getattr(module, name))
+    return found
+
+
+def _forget_groups(caches: list[Callable[[], None]]) -> None:
     """Drop what still refers to the groups of a finished job: cycles, and DTensor's caches with their meshes.
 
     Each group keeps threads that wake up a hundred times a second: after some hundred jobs the machine did little else.
     """
-    clear = getattr(torch.distributed.tensor.debug, "_clear_sharding_prop_cache", None)
-    if clear is not None:
+    for clear in caches:
         clear()
     gc.collect()

@@ -157,16 +157,14 @@ class PipelineExecutor:
         return metrics
 
     def _run_steps(self, program: Program, microbatches: Sequence[Any], metrics: dict[str, Tensor]) -> None:
-        at: Any = "the start"
+        at: object = "the start"
         try:
             if self._transport is not None:
                 self._transport.start(program)
             for together in program.steps:
+                at = together[0].action
                 if len(together) == 1:
-                    ((at, _, gives, _),) = together
-                    tensors = _finish(self._act(at, self._take(together[0]), microbatches, metrics))
-                    if gives is not None:
-                        self._give(gives, tensors)
+                    self._run_one(together[0], microbatches, metrics)
                     continue
                 taken = []
                 for step in together:
@@ -182,6 +180,12 @@ class PipelineExecutor:
                 self._transport.finish()
         except PeerError as error:
             raise PipelineError(f"pipeline rank {self.rank}, action {at}: {error}") from error
+
+    def _run_one(self, step: Step, microbatches: Sequence[Any], metrics: dict[str, Tensor]) -> None:
+        # in a function of its own, so that what was given is not held while the next action runs
+        tensors = _finish(self._act(step.action, self._take(step), microbatches, metrics))
+        if step.gives is not None:
+            self._give(step.gives, tensors)
 
     def _act(
         self, action: Action, taken: tuple[Tensor, ...], microbatches: Sequence[Any], metrics: dict[str, Tensor]

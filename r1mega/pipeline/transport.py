@@ -24,11 +24,8 @@ from r1mega.pipeline.transfers import Message, Program
 
 # So many works that are done are kept for a while: dropping them at once, gloo's thread perhaps still busy with them,
 # costs CPU time. Measured: a quarter less for GPipe on 2 ranks; less on 4 ranks, and nothing in 1F1B.
-NUM_KEPT_WORKS = 4
-# A message of this length or more is received under the compute before it is needed. A shorter one is there at once:
-# to ask for it early only makes gloo's thread and the rank disturb each other (measured: a tenth of the CPU time of
-# 1F1B with tiny stages).
-EARLY_BYTES = 1 << 16
+# A work holds its tensor, so only those of small ones are kept.
+NUM_KEPT_WORKS, KEPT_BYTES = 4, 1 << 14
 
 Flight = tuple[list[dist.Work], list[Tensor]]  # what is under way, and the buffers that must live until it is done
 
@@ -106,7 +103,7 @@ class ProcessGroupTransport:
         self._num_sent.clear()
         self._sent_specs.clear()
         for source in self._channels:
-            self._post(source, early=True)
+            self._post(source)
 
     def send(self, message: Message, tensors: tuple[Tensor, ...]) -> None:
         peer = message.destination
@@ -114,7 +111,7 @@ class ProcessGroupTransport:
         self._outbox.setdefault(peer, deque()).append((message, sent(message, tensors)))
         self._num_sent[peer] = self._num_sent.get(peer, 0) + 1
         if peer in self._channels:  # the gradients of what was just sent may be the next to come
-            self._post(peer, early=True)
+            self._post(peer)
 
     def receive(self, message: Message, acknowledged: int) -> tuple[Tensor, ...]:
         peer = message.source
@@ -126,7 +123,7 @@ class ProcessGroupTransport:
                 channel.arrived[first] = self._complete(channel, first)
             except RuntimeError as error:
                 raise PeerError(peer, f"waited for {first} from", error) from error
-            self._post(peer, early=True)
+            self._post(peer)
         self._release(peer, acknowledged)
         return channel.arrived.pop(message)
 
@@ -138,30 +135,25 @@ class ProcessGroupTransport:
         """Wait for, and let go, the first ``acknowledged`` messages of this run to ``peer``."""
         outbox = self._outbox.get(peer, ())
         while outbox and self._num_sent[peer] - len(outbox) < acknowledged:
-            message, (works, _) = outbox.popleft()
+            message, flight = outbox.popleft()
             try:
-                self._wait(works)
+                self._wait(flight)
             except RuntimeError as error:
                 raise PeerError(peer, f"waited until {message} were taken by", error) from error
 
-    def _post(self, source: int, early: bool = False) -> None:
-        """Start the next receive from ``source``, if none is under way, its size is known and, if early, it is long."""
+    def _post(self, source: int) -> None:
+        """Start the next receive from ``source``, if none is under way and its size is known."""
         channel = self._channels[source]
         if channel.posted is not None or not channel.expected:
             return
         message = channel.expected[0]
         if message.kind is Kind.F:
-            num_bytes = self._guess.get((self.rank, message.stage), 0)
-            if early and self._on_cpu and num_bytes < EARLY_BYTES:
-                return
-            buffers = [torch.empty(HEADER_BYTES + num_bytes, dtype=torch.uint8)]
+            buffers = [torch.empty(HEADER_BYTES + self._guess.get((self.rank, message.stage), 0), dtype=torch.uint8)]
             group = self._header_group
         else:
-            key = message.stage - 1, message.microbatch
-            specs = self._sent_specs.get(key)
-            if specs is None or (early and self._on_cpu and layout(specs)[1] < EARLY_BYTES):
+            specs = self._sent_specs.pop((message.stage - 1, message.microbatch), None)
+            if specs is None:
                 return
-            del self._sent_specs[key]
             buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs]
             group = self._direction(source, self.rank)
         channel.posted = [_receive(buffer, group, source) for buffer in buffers], buffers
@@ -169,9 +161,9 @@ class ProcessGroupTransport:
     def _complete(self, channel: _Channel, message: Message) -> tuple[Tensor, ...]:
         """Wait for the receive under way, and for the second part of the message if there is one."""
         assert channel.posted is not None, f"{message} is waited for before its size is known"
-        works, buffers = channel.posted
+        flight, buffers = channel.posted, channel.posted[1]
         channel.posted = None
-        self._wait(works)
+        self._wait(flight)
         if message.kind is not Kind.F:
             return tuple(buffers)
         payload = buffers[0][HEADER_BYTES:]
@@ -181,7 +173,8 @@ class ProcessGroupTransport:
             first, payload = payload, torch.empty(total, dtype=torch.uint8, device=self.device)
             payload[:guess] = first
             group = self._direction(message.source, self.rank)
-            self._wait([_receive(payload[guess:], group, message.source)])
+            rest = payload[guess:]
+            self._wait(([_receive(rest, group, message.source)], [rest]))
         if self._on_cpu:
             self._guess[self.rank, message.stage] = total
         return unpack(payload, specs)
@@ -207,10 +200,12 @@ class ProcessGroupTransport:
         group = self._direction(self.rank, message.destination)
         return [_send(buffer, group, message.destination) for buffer in buffers], buffers
 
-    def _wait(self, works: list[dist.Work]) -> None:
-        for work in works:
+    def _wait(self, flight: Flight) -> None:
+        works, buffers = flight
+        for work, buffer in zip(works, buffers, strict=False):  # a message that fits its guess has no second work
             work.wait()
-        self._done.extend(works)
+            if buffer.nbytes <= KEPT_BYTES:
+                self._done.append(work)
 
     def _direction(self, source: int, destination: int) -> dist.ProcessGroup:
         return self._up if source < destination else self._down

@@ -271,14 +271,6 @@ def _rows(input_TH: Tensor, num_rows: int, padded_rows: bool) -> Tensor:
     return make(num_rows, input_TH.shape[1])
 
 
-def needs_logits(options: RouteOptions) -> bool:
-    """Whether the weights' gradient needs more than the scores of the chosen experts.
-
-    Normalised weights of a softmax do not depend on the experts that were not chosen.
-    """
-    return options.score_function == "softmax" and not options.normalize
-
-
 def route_backward(
     grad_weights_TK: Tensor,
     experts_TK: Tensor,
@@ -295,13 +287,13 @@ def route_backward(
         chosen_scores_TK: ``[T, K]`` float32, dense.
         num_experts: E.
         options: those of the forward.
-        logits_TE: ``[T, E]`` float32, dense; see :func:`needs_logits`.
+        logits_TE: ``[T, E]`` float32, dense; wanted where ``options.needs_logits``.
     """
     num_tokens, top_k = experts_TK.shape
     grad_logits = grad_weights_TK.new_empty(num_tokens, num_experts)
     arguments = _RouteBackward(
         grad_weights=grad_weights_TK, chosen_scores=chosen_scores_TK, experts=experts_TK,
-        logits=logits_TE if needs_logits(options) else None, num_tokens=num_tokens, num_experts=num_experts,
+        logits=logits_TE if options.needs_logits else None, num_tokens=num_tokens, num_experts=num_experts,
         top_k=top_k, softmax=options.score_function == "softmax", normalize=options.normalize, factor=options.factor,
         grad_logits=grad_logits,
     )  # fmt: skip

@@ -50,6 +50,14 @@ class RouteOptions:
     normalize: bool = True
     factor: float = 1.0
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the weights' gradient needs more than the scores of the chosen experts.
+
+        Normalised weights of a softmax do not depend on the experts that were not chosen.
+        """
+        return self.score_function == "softmax" and not self.normalize
+
 
 @dataclass
 class Choices:
@@ -261,7 +269,7 @@ class _Route(torch.autograd.Function):
 class _RouteOnGPU(torch.autograd.Function):
     """Keeps the chosen experts and their scores; the logits only where the gradient needs all scores.
 
-    ``kernels`` is a module with ``route``, ``route_backward`` and ``needs_logits``.
+    ``kernels`` is a module with ``route`` and ``route_backward``.
     """
 
     @staticmethod
@@ -275,7 +283,7 @@ class _RouteOnGPU(torch.autograd.Function):
             from r1mega.kernels.triton.permute import scan
 
             first_row, counts = scan(tile_counts)
-        ctx.save_for_backward(experts, chosen_scores, logits if kernels.needs_logits(options) else None)
+        ctx.save_for_backward(experts, chosen_scores, logits if options.needs_logits else None)
         ctx.options, ctx.num_experts, ctx.kernels = options, logits.shape[1], kernels
         ctx.mark_non_differentiable(experts, ranks, counts, first_row, sums)
         ctx.set_materialize_grads(False)

@@ -127,7 +127,11 @@ def test_bfloat16_with_float32_master_weights_follows_the_float32_curve(pool, na
     world_size, parallel = LAYOUTS[name]
     report = pool.run(train, world_size, Job(parallel=parallel, num_steps=20, dtype=torch.bfloat16))[0]
     curve = [losses["loss"] for losses in report.losses]
-    assert curve == pytest.approx(reference_curve(pool), rel=0.03)
+    expected = reference_curve(pool)
+    off = [abs(mine - other) / other for mine, other in zip(curve, expected, strict=True)]
+    # one process is 1.4 % off at most and 0.6 % in the mean; dispatch over ranks rounds the sums of a token once more
+    assert max(off) < 0.03
+    assert sum(off) / len(off) < 0.008
     assert curve[-1] < 0.95 * curve[0]
     assert {parameter.dtype for parameter in report.parameters.values()} == {torch.float32}
     assert {gradient.dtype for gradient in report.gradients[0].values()} == {torch.float32}

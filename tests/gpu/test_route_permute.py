@@ -16,14 +16,13 @@ from r1mega.kernels import cuda
 from r1mega.kernels.combine import combine
 from r1mega.kernels.permute import permute
 from r1mega.kernels.route import (
-    TILE_TOKENS,
-    Choices,
     RouteOptions,
     rank_choices,
     reference_rank_choices,
     reference_route,
     route,
 )
+from tests.gpu.routing import FUNCTIONS, assert_equal, options_of
 
 # tokens, experts, choices, groups, kept groups
 SIZES = [
@@ -31,33 +30,12 @@ SIZES = [
     (333, 160, 6, 8, 3), (8192, 256, 8, 8, 4), (777, 384, 16, 12, 4), (2048, 384, 8, 1, 1), (100, 378, 16, 9, 3),
     (200, 33, 16, 3, 2),
 ]  # fmt: skip
-FUNCTIONS = [("sigmoid", True), ("sigmoid", False), ("softmax", True), ("softmax", False)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator, device="cuda")
-
-
-def options_of(size: tuple[int, ...], function: tuple[str, bool]) -> RouteOptions:
-    return RouteOptions(size[2], function[0], size[3], size[4], function[1], factor=2.5)
-
-
-def ranks_over_all_tokens(choices: Choices) -> Tensor:
-    if choices.first_row_NE.shape[0] == 1:
-        return choices.ranks_TK
-    tile = (torch.arange(len(choices.experts_TK), device="cuda") // TILE_TOKENS).unsqueeze(1)
-    first_row = choices.first_row_NE
-    return choices.ranks_TK + (first_row - first_row[:1])[tile, choices.experts_TK]
-
-
-def assert_equal(actual: Choices, expected: Choices) -> None:
-    assert torch.equal(actual.experts_TK, expected.experts_TK)
-    assert torch.equal(ranks_over_all_tokens(actual), expected.ranks_TK)
-    assert torch.equal(actual.counts_E, expected.counts_E)
-    torch.testing.assert_close(actual.weights_TK, expected.weights_TK, rtol=1e-6, atol=1e-6, equal_nan=True)
-    torch.testing.assert_close(actual.score_sums_E, expected.score_sums_E, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @contextmanager
@@ -84,6 +62,7 @@ def test_route_decides_as_the_reference_on_this_gpu() -> None:
             assert_equal(
                 route(logits, bias, options_of(size, function)),
                 reference_route(logits, bias, options_of(size, function)),
+                1e-4,
             )
 
 
@@ -94,7 +73,7 @@ def test_nan_and_infinities_are_ordered_as_by_the_reference() -> None:
     for function in ("sigmoid", "softmax"):
         for groups in ((1, 1), (4, 2)):
             options = RouteOptions(6, function, *groups)
-            assert_equal(route(logits, None, options), reference_route(logits, None, options))
+            assert_equal(route(logits, None, options), reference_route(logits, None, options), 1e-4)
 
 
 def test_gradients_equal_the_reference() -> None:

@@ -28,6 +28,8 @@ from r1mega.kernels.route import (
     reference_route,
     route,
 )
+from tests.gpu import routing
+from tests.gpu.routing import FUNCTIONS, options_of, ranks_over_all_tokens
 from tests.unit.cuda_host import ROOT, SEED, SOURCES, compile_host, random, stepped, use
 from tests.unit.cuda_host_mutants import MUTANTS, check
 
@@ -58,28 +60,12 @@ SIZES = [
     (64, 160, 6, 8, 3), (200, 256, 8, 8, 4), (40, 384, 16, 12, 4), (66, 384, 8, 1, 1), (30, 378, 16, 9, 3),
     (20, 33, 16, 3, 2), (10, 31, 3, 31, 5),
 ]  # fmt: skip
-FUNCTIONS = [("sigmoid", True), ("sigmoid", False), ("softmax", True), ("softmax", False)]
-
-
-def options_of(size: tuple[int, ...], function: tuple[str, bool]) -> RouteOptions:
-    return RouteOptions(size[2], function[0], size[3], size[4], function[1], factor=2.5)
-
-
-def ranks_over_all_tokens(choices: Choices) -> Tensor:
-    tile = (torch.arange(len(choices.experts_TK)) // TILE_TOKENS).unsqueeze(1)
-    first_row = choices.first_row_NE
-    return choices.ranks_TK + (first_row - first_row[:1])[tile, choices.experts_TK]
 
 
 def assert_equal(actual: Choices, expected: Choices) -> None:
-    assert torch.equal(actual.experts_TK, expected.experts_TK)
-    assert torch.equal(ranks_over_all_tokens(actual), expected.ranks_TK)
-    assert torch.equal(actual.counts_E, expected.counts_E)
+    routing.assert_equal(actual, expected, 1e-5)
     assert torch.equal(actual.first_row_NE[:1], expected.first_row_NE)
     assert actual.first_row_NE.shape[0] == max(1, math.ceil(len(actual.experts_TK) / TILE_TOKENS))
-    close = {"rtol": 1e-6, "atol": 1e-6, "equal_nan": True}
-    torch.testing.assert_close(actual.weights_TK, expected.weights_TK, **close)
-    torch.testing.assert_close(actual.score_sums_E, expected.score_sums_E, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.usefixtures("host")

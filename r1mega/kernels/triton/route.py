@@ -189,13 +189,13 @@ def route_backward(
         chosen_scores_TK: ``[T, K]`` float32, contiguous.
         num_experts: E.
         options: those of the forward.
-        logits_TE: ``[T, E]`` float32, contiguous; see :func:`needs_logits`.
+        logits_TE: ``[T, E]`` float32, contiguous; wanted where ``options.needs_logits``, or for ``grad_sums_E``.
         grad_sums_E: ``[E]`` float32, contiguous, the gradient of the sums of scores.
     """
     num_tokens, top_k = experts_TK.shape
     softmax = options.score_function == "softmax"
     grad_logits = grad_weights_TK.new_empty(num_tokens, num_experts)
-    dense = grad_sums_E is not None or needs_logits(options)
+    dense = grad_sums_E is not None or options.needs_logits
     assert not dense or logits_TE is not None, "this gradient needs the logits"
     if num_tokens == 0:
         return grad_logits
@@ -207,11 +207,6 @@ def route_backward(
     )  # fmt: skip
     launch(_route_backward, (pieces(num_tokens, at_once),), arguments, num_warps=8)
     return grad_logits
-
-
-def needs_logits(options: RouteOptions) -> bool:
-    """Whether the weights' gradient needs more than the scores of the chosen experts."""
-    return options.score_function == "softmax" and not options.normalize
 
 
 @triton.jit

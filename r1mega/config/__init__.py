@@ -1,8 +1,8 @@
 """Every setting of r1mega, as dataclasses grouped by concern.
 
 This package imports neither torch nor any other part of r1mega. Each class validates what it can see; what needs
-several classes, or the number of processes, is checked by :meth:`Config.validate`. Every error is a :class:`ConfigError`
-of one line that names the field, the value and what would fit.
+several classes, or the number of processes, is checked by :meth:`Config.validate`. Every error is a
+:class:`ConfigError` of one line that names the field, the value and what would fit.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from r1mega.model.huggingface import resolve_model_config
 from r1mega.parallel_state import Layout, ParallelState
 from r1mega.settings import is_first_rank, world_size_from_environment
 from r1mega.train.checkpoint import CheckpointError
+from r1mega.train.learner import TrainingError
 from r1mega.train.metrics import METRICS_FILE, MetricsWriter, plot_expert_load, plot_loss, read_metrics
 from r1mega.train.process_group import Peers, start_process_group
 from r1mega.train.progress import ProgressPrinter
@@ -27,7 +28,7 @@ from r1mega.train.run_folder import LOAD_PICTURE, LOSS_PICTURE, lock_folder, pre
 from r1mega.train.sampling import sample_text
 from r1mega.train.schedule import check_pipeline
 from r1mega.train.summary import summary
-from r1mega.train.trainer import Trainer, TrainingError
+from r1mega.train.trainer import Trainer
 
 
 def pretrain(config: Config) -> int:
@@ -162,8 +163,8 @@ def _sample(trainer: Trainer) -> str | None:
     if config.train.sample_prompt is None or trainer.tokenizer is None:
         return None
     return sample_text(
-        trainer.stages,
-        trainer.executor.table,
+        trainer.learner.stages,
+        trainer.learner.table,
         trainer.state,
         trainer.tokenizer,
         config.train.sample_prompt,

@@ -105,3 +105,54 @@ class LossOptions:
     def _require(self, name: str, fits: bool, what: str) -> None:
         if not fits:
             raise ValueError(f"{name}={getattr(self, name)}: {what}")
+
+
+@dataclass(frozen=True)
+class AdvantageOptions:
+    """How rewards become advantages: ``A = (r - mean) / (std + epsilon)`` over the completions of one prompt.
+
+    Args:
+        divide_by_std: False leaves the division out (Dr. GRPO, arXiv 2503.20783; TRL's ``scale_rewards="none"``).
+        std_divisor: of the sum of squares: ``n`` (the paper's formula; Megatron-RL) or ``n-1`` (TRL, verl). With G
+            completions the two differ by a factor of sqrt(G / (G - 1)).
+        epsilon: added to the standard deviation (TRL and Megatron-RL: 1e-4; verl: 1e-6; the paper has none).
+    """
+
+    divide_by_std: bool = True
+    std_divisor: Literal["n", "n-1"] = "n"
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.std_divisor not in ("n", "n-1"):
+            raise ValueError(f"std_divisor={self.std_divisor}: must be n or n-1")
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon={self.epsilon}: must be at least 0 and finite")
+
+
+@dataclass(frozen=True)
+class PPOOptions:
+    """What PPO has besides the policy's objective (arXiv 1707.06347; the names of arXiv 1506.02438 for the advantages).
+
+    Args:
+        discount: gamma, of rewards by token; 1 is usual for language models.
+        trace: lambda of generalised advantage estimation; 1 takes the whole return, 0 one token ahead.
+        value_clip: how far a value may move from the rollout's before its loss is clipped; None is off.
+        value_coefficient: of the value loss in the sum.
+        reward_kl_coefficient: of the KL divergence (k1) that is taken off each token's *reward*, as in InstructGPT; the
+            ``kl_coefficient`` of :class:`LossOptions` is of a KL term in the *loss* and the two do not compare.
+    """
+
+    discount: float = 1.0
+    trace: float = 0.95
+    value_clip: float | None = 0.2
+    value_coefficient: float = 0.1
+    reward_kl_coefficient: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("discount", "trace"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to 1")
+        for name in ("value_clip", "value_coefficient", "reward_kl_coefficient"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}: must be at least 0 and finite")

@@ -169,7 +169,7 @@ def default_chunk(vocab: int, hidden: Tensor) -> int:
 def differentiate(
     losses: Losses, log_probs_R: Tensor, entropy_R: Tensor, rows_R: Tensor, wanted: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The sum of ``losses``, and its gradients by log-probabilities and entropy if they are wanted and not all zero."""
+    """The sum of ``losses``, and its gradients by log-probabilities and entropy; None if not wanted or all zero."""
     with torch.set_grad_enabled(wanted):
         inputs = log_probs_R.detach().requires_grad_(wanted), entropy_R.detach().requires_grad_(wanted)
         values_R = losses(*inputs, rows_R)
@@ -178,8 +178,7 @@ def differentiate(
         total = values_R.sum()
     if not total.requires_grad:
         return total.detach(), None
-    found = torch.autograd.grad(total, inputs, allow_unused=True)
-    by_log_prob, by_entropy = (torch.zeros_like(rows) if g is None else g for g, rows in zip(found, inputs, strict=True))
+    by_log_prob, by_entropy = torch.autograd.grad(total, inputs, materialize_grads=True)
     return total.detach(), (by_log_prob, by_entropy)
 
 

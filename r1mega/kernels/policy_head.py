@@ -9,7 +9,7 @@ whose gradient is exactly zero (a group of equal rewards, a clipped ratio withou
 
 Where the vocabulary is cut over tensor-parallel ranks, they exchange four numbers a token and chunk.
 
-Shapes: T tokens, H hidden, V this rank's part of the vocabulary, C tokens of a chunk, R tokens that a loss is asked for.
+Shapes: T tokens, H hidden, V this rank's part of the vocabulary, C tokens of a chunk, R tokens whose loss is asked.
 """
 
 from __future__ import annotations

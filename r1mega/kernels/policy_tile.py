@@ -94,7 +94,7 @@ def merge(statistics_RC4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradient(logits_CV: Tensor, rows: RowGradients, scale: float, dtype: torch.dtype) -> Tensor:
-    """Gradient of the loss by the logits of K rows, ``[K, V]`` of ``dtype``; ``logits_CV`` is overwritten where it fits.
+    """Gradient of the loss by the logits of K rows, ``[K, V]`` of ``dtype``; ``logits_CV`` may be overwritten.
 
     Args:
         logits_CV: contiguous, float32 or float64.

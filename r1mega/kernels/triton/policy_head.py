@@ -69,7 +69,7 @@ def gradient(
     scale: float,
     out_KV: Tensor,
 ) -> None:
-    """Writes the gradient of ``policy_tile.gradient`` to ``out_KV``, which may be ``logits_CV`` where all rows are wanted.
+    """Writes the gradient of ``policy_tile.gradient`` to ``out_KV``; where all rows are wanted it may be the logits.
 
     Args:
         logits_CV: contiguous.

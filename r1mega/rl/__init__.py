@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from r1mega.rl.loss_head import grpo_loss_from_hidden
 
 _HOMES = {
-    "AdvantageOptions": "advantages",
-    "LossOptions": "loss",
+    "AdvantageOptions": "options",
+    "LossOptions": "options",
     "group_advantages": "advantages",
     "grpo_loss": "loss",
     "grpo_loss_from_hidden": "loss_head",

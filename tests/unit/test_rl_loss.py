@@ -158,6 +158,15 @@ def test_weights_add_up_to_one_whatever_the_aggregation_is():
     assert constant.sum().item() == pytest.approx(mask.sum().item() / 10 / 6)
 
 
+def test_constant_aggregation_is_verls_sum_over_sequences_divided_by_their_number():
+    inputs = make_inputs()
+    options = LossOptions(aggregation="constant", constant=9, kl_coefficient=0)
+    ratios, wide = (inputs["log_probs"] - inputs["old_log_probs"]).exp(), inputs["advantages"][:, None]
+    losses = torch.maximum(-ratios * wide, -ratios.clamp(0.8, 1.2) * wide)
+    of_verl = (losses * inputs["mask"]).sum(dim=-1).sum() / 9
+    assert_equal(run(options, inputs)[0], of_verl / 6)
+
+
 # Ratios and clipping
 
 

@@ -68,7 +68,7 @@ class LatentAttention(nn.Module):
         latent, key_rope = latent.split([self.kv_rank, self.rope_dim], dim=-1)
         latent = gather_tokens(torch.cat([self.kv_a_layernorm(latent), key_rope], dim=-1), self.group)
         latent, key_rope = latent.split([self.kv_rank, self.rope_dim], dim=-1)
-        cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device)
+        cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device, sequences.packed)
         query = query.view(-1, length, self.heads, self.nope_dim + self.rope_dim)
         query_nope, query_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
         query = torch.cat([query_nope, rotate(query_rope, cos, sin, interleaved=True)], dim=-1)
@@ -108,7 +108,7 @@ class GroupedQueryAttention(nn.Module):
             projected.unflatten(1, (-1, self.head_dim)).unflatten(0, (-1, length))
             for projected in apply_all((self.q_proj, self.k_proj, self.v_proj), hidden_TH)
         )
-        cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device)
+        cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device, sequences.packed)
         query = rotate(self.q_norm(query), cos, sin, interleaved=False)
         key = rotate(self.k_norm(key), cos, sin, interleaved=False)
         out = _attend(query, key, value, self.scale, sequences.packed)
@@ -116,10 +116,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: list[int] | None) -> Tensor:
-    """``[batch, length, N, dim]`` each, to ``[T, N * v_dim]``.
-
-    Positions count on over packed sequences: rotation tells only how far apart two tokens are.
-    """
+    """``[batch, length, N, dim]`` each, to ``[T, N * v_dim]``."""
     out = causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, packed)
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
 

@@ -1,4 +1,4 @@
-"""The command line: ``r1mega pretrain | layout | model | export | simulate | kernels``.
+"""The command line: ``r1mega pretrain | sft | layout | model | export | simulate | kernels``.
 
 A command is a function ``(arguments) -> exit status`` in :data:`COMMANDS`. Settings are parsed and checked before torch
 is imported, so that a mistake costs half a second. A mistake is one line on stderr, from rank 0, and exit status 2.
@@ -112,6 +112,34 @@ def pretrain_command(argv: list[str]) -> int:
     )
     config, _ = parse(parser, argv)
     config.validate(world_size_from_environment())
+    from r1mega.train.pretrain import pretrain
+
+    return pretrain(config)
+
+
+SFT_HELP = """\
+Fine-tune a model on demonstrations: .jsonl files whose lines are {"prompt": "...", "completion": "..."}, under
+data.train. The loss is on the completions. Everything else is as in r1mega pretrain: the layouts, the checkpoints, the
+settings. The model starts from model.checkpoint, or from random weights.
+
+examples:
+  python tools/make_addition.py --output data/addition
+  r1mega sft --config examples/configs/addition_sft.yaml
+  torchrun --nproc-per-node 2 -m r1mega sft --config examples/configs/addition_sft.yaml --parallel.ep 2
+"""
+
+
+def sft_command(argv: list[str]) -> int:
+    """fine-tune a model on demonstrations (start it with torchrun)"""
+    parser = SettingsParser(
+        prog="r1mega sft", usage="r1mega sft [--config FILE] [--SETTING VALUE ...]", description=SFT_HELP
+    )
+    parser.set_defaults({"train.output_dir": "runs/sft"})
+    config, _ = parse(parser, argv)
+    config.validate(world_size_from_environment())
+    from r1mega.data.demonstrations import check_entries
+
+    check_entries(config.data)
     from r1mega.train.pretrain import pretrain
 
     return pretrain(config)
@@ -255,6 +283,7 @@ def kernels_command(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain_command,
+    "sft": sft_command,
     "layout": layout_command,
     "model": model_command,
     "export": export_command,

@@ -145,16 +145,16 @@ def demonstrations(task: AdditionTask, pairs: list[tuple[int, int]]) -> Iterator
     # Every place has the same risk, whatever went wrong before: then a model that imitates is right as often as the
     # demonstrations are, whether or not it sees that they have gone well so far.
     slip = 1 - (1 - task.wrong_answer) ** (1 / (task.num_digits + 1))
-    mended = 1 - (1 - task.recheck) ** (1 / task.num_digits)
     for _ in range(task.num_demonstrations):
         a, b = pairs[_below(len(pairs), chance)]
+        mended = _below(task.num_digits, chance) if chance.random() < task.recheck else None
         text = completion(a, b, chance, slip, mended)
         if chance.random() < task.broken_format:
             text = text.replace(TAGS[_below(len(TAGS), chance)], "")
         yield {"prompt": prompt(a, b), "completion": text}
 
 
-def completion(a: int, b: int, chance: random.Random, slip: float = 0.0, mended: float = 0.0) -> str:
+def completion(a: int, b: int, chance: random.Random, slip: float = 0.0, mended: int | None = None) -> str:
     """A completion for ``a + b``.
 
     Args:
@@ -162,13 +162,13 @@ def completion(a: int, b: int, chance: random.Random, slip: float = 0.0, mended:
         b: another of as many digits.
         chance: where slips come from.
         slip: how likely a slip is in each column, and in the answer.
-        mended: how likely there is one in a column that is noticed and mended.
+        mended: the column (0 is the rightmost) with a slip that is noticed and mended.
     """
     steps, answer, carry, total = [], "", 0, 0
-    for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+    for column, (x, y) in enumerate(zip(reversed(str(a)), reversed(str(b)), strict=True)):
         total = int(x) + int(y) + carry
         terms = f"{x}+{y}+{carry}" if carry else f"{x}+{y}"
-        if chance.random() < mended:
+        if column == mended:
             steps += [f"{terms}={_other_than(total, 20, chance)}", WAIT]
         if chance.random() < slip:
             total = _other_than(total, 20, chance)

@@ -1,4 +1,4 @@
-"""The command line: ``r1mega pretrain | grpo | layout | model | export | simulate | kernels``.
+"""The command line: ``r1mega pretrain | sft | grpo | layout | model | export | simulate | kernels``.
 
 A command is a function ``(arguments) -> exit status`` in :data:`COMMANDS`. Settings are parsed and checked before torch
 is imported, so that a mistake costs half a second. A mistake is one line on stderr, from rank 0, and exit status 2.
@@ -30,6 +30,7 @@ AXES = tuple(dict.fromkeys(DENSE_AXES + EXPERT_AXES))
 SECONDS_FOR_FIRST_RANK = 10.0
 PRESETS = Path(__file__).parent / "rl/presets"
 STATUS_STOPPED = 130  # as a shell reports a process that Ctrl-C ended
+OTHER_THAN_RL = [name for name in group_names() if not name.startswith("rl")]
 MOST_RANKS_SHOWN = 8  # a longer group is abbreviated for people; --json is whole
 
 
@@ -114,10 +115,41 @@ def pretrain_command(argv: list[str]) -> int:
         prog="r1mega pretrain",
         usage="r1mega pretrain [--config FILE] [--SETTING VALUE ...]",
         description=PRETRAIN_HELP,
-        shown=[name for name in group_names() if not name.startswith("rl")],
+        shown=OTHER_THAN_RL,
     )
     config, _ = parse(parser, argv)
     config.validate(world_size_from_environment())
+    from r1mega.train.pretrain import pretrain
+
+    return pretrain(config)
+
+
+SFT_HELP = """\
+Fine-tune a model on demonstrations: .jsonl files whose lines are {"prompt": "...", "completion": "..."}, under
+data.train. The loss is on the completions. Everything else is as in r1mega pretrain: the layouts, the checkpoints, the
+settings. The model starts from model.checkpoint, or from random weights.
+
+examples:
+  python tools/make_addition.py --output data/addition
+  r1mega sft --config examples/configs/addition_sft.yaml
+  torchrun --nproc-per-node 2 -m r1mega sft --config examples/configs/addition_sft.yaml --parallel.ep 2
+"""
+
+
+def sft_command(argv: list[str]) -> int:
+    """fine-tune a model on demonstrations (start it with torchrun)"""
+    parser = SettingsParser(
+        prog="r1mega sft",
+        usage="r1mega sft [--config FILE] [--SETTING VALUE ...]",
+        description=SFT_HELP,
+        shown=OTHER_THAN_RL,
+    )
+    parser.set_defaults({"train.output_dir": "runs/sft"})
+    config, _ = parse(parser, argv)
+    config.validate(world_size_from_environment())
+    from r1mega.data.demonstrations import check_entries
+
+    check_entries(config.data)
     from r1mega.train.pretrain import pretrain
 
     return pretrain(config)
@@ -304,6 +336,7 @@ def kernels_command(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain_command,
+    "sft": sft_command,
     "grpo": grpo_command,
     "layout": layout_command,
     "model": model_command,

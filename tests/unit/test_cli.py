@@ -174,7 +174,7 @@ def test_every_setting_without_its_last_letter_is_found_again() -> None:
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    known = "pretrain, grpo, layout, model, export, simulate, kernels"
+    known = "pretrain, sft, grpo, layout, model, export, simulate, kernels"
     assert error_line(capsys, ["pretain"]) == f"unknown command pretain; must be one of {known}"
 
 

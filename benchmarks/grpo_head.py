@@ -21,7 +21,7 @@ Time is CPU time of the process with one thread (--threads), or that of a GPU's 
 all take turns. Extra memory is the most that lives at once beyond what was there before, the two gradients, which every
 path must make, included; on the CPU it is counted below autograd (benchmarks/tensor_watch.py), the same on every
 machine, on a GPU read from PyTorch's allocator. Products are matrix products in units of T x H x V. The floor is the
-time of the three products alone.
+time of the three products alone, or of as many as a path makes if it makes fewer.
 
 With --tp the weight is cut by rows over processes, which hold one thread each; naive is then the softmax over the cut
 vocabulary in PyTorch's operations, and times and memory are those of the rank with the most.
@@ -244,7 +244,7 @@ def largest_difference(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...])
 
 def count(path: LossPath, p: Problem) -> dict[str, float]:
     """Extra bytes, and matrix products."""
-    with TensorWatch() as watch:
+    with TensorWatch(*(value for value in vars(p).values() if isinstance(value, Tensor))) as watch:
         run(path, p)
     peak = watch.peak
     if p.hidden.is_cuda:
@@ -313,8 +313,9 @@ def table(title: str, result: dict[str, Any]) -> str:
     for name, line in lines.items():
         seconds = statistics.median(line["seconds"])
         memory = line["extra_bytes"]
+        least = floor * min(line["products"] / 3, 1)
         text.append(
-            f"{name:22}{seconds:9.3f}{seconds / base_time:10.2f}{floor / seconds:10.0%}{memory / 2**20:11.0f}"
+            f"{name:22}{seconds:9.3f}{seconds / base_time:10.2f}{least / seconds:10.0%}{memory / 2**20:11.0f}"
             f"{memory / base['extra_bytes']:10.3f}{line['products']:10.2f}"
         )
     text.append(f"{'three products alone':22}{floor:9.3f}{floor / base_time:10.2f}{'':31}{3:10.2f}")

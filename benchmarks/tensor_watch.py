@@ -1,7 +1,7 @@
 """Counts what PyTorch's operations do below autograd: matrix products, and the bytes that live at once.
 
-Exact and the same on every machine, unlike time: what an operation returns is followed until nothing holds it. What an
-operation allocates and frees inside itself is not seen.
+Exact and the same on every machine, unlike time: a tensor that an operation is given or returns is followed until
+nothing holds it. What an operation allocates and frees inside itself is not seen.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ Product = tuple[int, int, int]
 class TensorWatch(TorchDispatchMode):
     """Context manager.
 
+    Args:
+        before: tensors that were there before and do not count.
+
     Attributes:
         products: (rows, inner, columns) of each matrix product, in order.
-        peak: the most bytes that lived at once, of storages made inside.
+        peak: the most bytes that lived at once, of storages that were not there before.
         live: the bytes that live now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *before: Tensor) -> None:
         super().__init__()
+        self._before = {tensor.untyped_storage()._cdata for tensor in before}
         self.products: list[Product] = []
         self.peak = self.live = 0
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -44,10 +48,10 @@ class TensorWatch(TorchDispatchMode):
             left, right = args[0:2] if function.overloadpacket is aten.mm else args[1:3]
             self.products.append((left.shape[0], left.shape[1], right.shape[1]))
         assert function.overloadpacket not in (aten.bmm, aten.baddbmm, aten.baddbmm_), "a product that nobody counts"
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = function(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+        # also what it was given: not all memory comes from an operation
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._before:
                 self._follow(tensor)
         self._known = {key: entry for key, entry in self._known.items() if not entry[0].expired()}
         self.live = sum(num_bytes for _, num_bytes in self._known.values())

@@ -21,6 +21,7 @@ exec "$python" -u "$file" "$@"
 
 : << '# end of the Python part'
 '''
+import dataclasses
 import fcntl
 import os
 import sys
@@ -35,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 from r1mega.cli import main, report
 from r1mega.config import Config, ConfigError
 from r1mega.launch import become_torchrun, number_of_processes, with_usual_layout
+from r1mega.model.huggingface import resolve_model_config
 from r1mega.rl.tasks.addition import write_addition
 from r1mega.settings import is_first_rank, parse_config, world_size_from_environment
 
@@ -57,7 +59,18 @@ def sft_settings(config: Config) -> list[str]:
     return [f"--config={CONFIGS / 'addition_sft.yaml'}", *data, *sizes, *run]
 
 
-def prepare(config: Config) -> None:
+def check(config: Config, processes: int) -> None:
+    """Whether the layout fits, before anything starts. Raises ConfigError."""
+    if config.model.checkpoint is None:
+        base = parse_config(sft_settings(config))
+        base.validate(processes)
+        config = dataclasses.replace(config, model=base.model)
+    else:
+        config = dataclasses.replace(config, model=resolve_model_config(config.model))
+    config.validate(processes)
+
+
+def prepare() -> None:
     """Make the data. One process does it, the others wait."""
     DATA.parent.mkdir(parents=True, exist_ok=True)
     with (DATA.parent / ".lock").open("w") as lock:
@@ -70,16 +83,16 @@ def launch(arguments: list[str]) -> NoReturn:
     arguments = with_usual_layout(arguments, ["--parallel.ep=2"])
     config = parse_config(settings(arguments))
     processes = number_of_processes(config.parallel, USUAL_PROCESSES)
-    config.validate(processes)
-    prepare(config)
+    check(config, processes)
+    prepare()
     become_torchrun(__file__, arguments, processes)
 
 
 def train(arguments: list[str]) -> int:
     """One rank: the base model, if it is not there yet, then GRPO."""
     config = parse_config(settings(arguments))
-    config.validate(world_size_from_environment())
-    prepare(config)
+    check(config, world_size_from_environment())
+    prepare()
     folder = Path(config.train.output_dir)
     base = Path(config.model.checkpoint or folder / "base")
     grpo = [*settings(arguments), f"--model.checkpoint={base}", f"--train.output_dir={folder / 'grpo'}"]

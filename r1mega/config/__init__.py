@@ -1,8 +1,8 @@
 """Every setting of r1mega, as dataclasses grouped by concern.
 
 This package imports neither torch nor any other part of r1mega. Each class validates what it can see; what needs
-several classes, or the number of processes, is checked by :meth:`Config.validate`. Every error is a :class:`ConfigError`
-of one line that names the field, the value and what would fit.
+several classes, or the number of processes, is checked by :meth:`Config.validate`. Every error is a
+:class:`ConfigError` of one line that names the field, the value and what would fit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from r1mega.config.checks import ConfigError, divisors, require
 from r1mega.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from r1mega.config.parallel import SCHEDULE_NAMES, ParallelConfig
+from r1mega.config.rl import RewardConfig, RLConfig
 from r1mega.config.training import DataConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "MoEConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RLConfig",
+    "RewardConfig",
     "RopeConfig",
     "TrainConfig",
     "divisors",
@@ -35,7 +38,7 @@ __all__ = [
 
 @dataclass
 class Config:
-    """A whole pre-training job.
+    """A whole job.
 
     Args:
         model: the model.
@@ -43,6 +46,7 @@ class Config:
         data: the data.
         optimizer: the optimizer.
         train: the run.
+        rl: reinforcement learning; nothing else looks at it.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -50,6 +54,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
 
     def validate(self, world_size: int) -> None:
         """Check everything that can be checked without a file or a process. Raises :class:`ConfigError`."""

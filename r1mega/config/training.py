@@ -10,10 +10,11 @@ from r1mega.config.checks import require, require_finite, require_not_negative, 
 
 @dataclass
 class DataConfig:
-    """Where tokens come from: Megatron's ``.bin/.idx`` files, as :mod:`tools.prepare_data` writes them.
+    """Where tokens come from: Megatron's ``.bin/.idx`` files, as :mod:`tools.prepare_data` writes them, or examples.
 
     Args:
-        train: path prefixes (without ``.bin``); each may follow its weight: ``["0.7", "maths", "0.3", "code"]``.
+        train: path prefixes (without ``.bin``); each may follow its weight: ``["0.7", "maths", "0.3", "code"]``. Or
+            files of demonstrations, which end in ``.jsonl``: a line each, ``{"prompt": "...", "completion": "..."}``.
         valid: the same for validation; empty means none.
         tokenizer: a sentencepiece ``.model`` file, or a folder with a Hugging Face ``tokenizer.json``.
         sequence_length: tokens in a sample.

@@ -67,7 +67,7 @@ class LatentAttention(nn.Module):
         query, latent, key_rope = self._project(hidden_TH)
         if isinstance(sequences.cache, DecodeStep):
             return self._decode(query, latent, key_rope, sequences.cache)
-        cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device)
+        cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device, sequences.packed)
         query_nope, query_rope = query.unflatten(0, (-1, length)).split([self.nope_dim, self.rope_dim], dim=-1)
         query = torch.cat([query_nope, rotate(query_rope, cos, sin, interleaved=True)], dim=-1)
         key_value = self.kv_b_proj(latent).view(-1, length, self.heads, self.nope_dim + self.v_dim)
@@ -151,7 +151,7 @@ class GroupedQueryAttention(nn.Module):
         if isinstance(cache, DecodeStep):
             cos, sin = cache.rotation(self.rotary, hidden_TH.dtype)
         else:
-            cos, sin = self.rotary(sequences.length, hidden_TH.dtype, hidden_TH.device)
+            cos, sin = self.rotary(sequences.length, hidden_TH.dtype, hidden_TH.device, sequences.packed)
         query = rotate(self.q_norm(query), cos, sin, interleaved=False)
         key = rotate(self.k_norm(key), cos, sin, interleaved=False)
         if isinstance(cache, DecodeStep):
@@ -176,10 +176,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: list[int] | None) -> Tensor:
-    """``[batch, length, N, dim]`` each, to ``[T, N * v_dim]``.
-
-    Positions count on over packed sequences: rotation tells only how far apart two tokens are.
-    """
+    """``[batch, length, N, dim]`` each, to ``[T, N * v_dim]``."""
     out = causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, packed)
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
 

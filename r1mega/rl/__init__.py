@@ -11,17 +11,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from r1mega.rl.advantages import AdvantageOptions, group_advantages
     from r1mega.rl.loss import LossOptions, grpo_loss, mean_metrics, merge_metrics
+    from r1mega.rl.loss_head import grpo_loss_from_hidden
 
 _HOMES = {
-    "AdvantageOptions": "advantages",
-    "LossOptions": "loss",
+    "AdvantageOptions": "options",
+    "LossOptions": "options",
     "group_advantages": "advantages",
     "grpo_loss": "loss",
+    "grpo_loss_from_hidden": "loss_head",
     "mean_metrics": "loss",
     "merge_metrics": "loss",
 }
 
-__all__ = ["AdvantageOptions", "LossOptions", "group_advantages", "grpo_loss", "mean_metrics", "merge_metrics"]
+__all__ = [
+    "AdvantageOptions",
+    "LossOptions",
+    "group_advantages",
+    "grpo_loss",
+    "grpo_loss_from_hidden",
+    "mean_metrics",
+    "merge_metrics",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -181,7 +181,7 @@ def test_trl_differs_in_the_aggregation_of_the_entropy_bonus(loss_type):
 
 
 def test_trl_bnpo_depends_on_the_microbatches_and_ours_does_not():
-    """TRL's ``bnpo`` over two microbatches is the mean of their means; ours is that of the global batch, as ``dapo``."""
+    """TRL's ``bnpo`` over two microbatches is the mean of their means; ours is the global mean, as its ``dapo``."""
     rollout = make_rollout()
     cut = 2 * rollout.group
     halves = [
@@ -205,7 +205,7 @@ def _of_sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def test_trl_differs_in_the_gradient_of_sequence_ratios_with_token_corrections():
-    """TRL's gradient goes through the mean log-ratio: a token has the mean of the sequence's corrections, not its own."""
+    """TRL's goes through the mean log-ratio, so that a token has the mean of its sequence's corrections."""
     rollout = make_rollout()
     options = replace(PLAIN, ratio="sequence", correction="truncate")
     found = ours(rollout, options)

@@ -88,7 +88,7 @@ class GrpoTrainer:
         self.checkpointer.save(self.progress, self.learner.tensors() | kept)
 
     def close(self) -> None:
-        """Wait for the last checkpoint and end the reward workers."""
+        """Wait for the last checkpoint and end the engine and the reward workers."""
         self.experience.close()
         self.checkpointer.finish()
 

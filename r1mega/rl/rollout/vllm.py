@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -38,6 +39,7 @@ from r1mega.settings import is_first_rank
 from r1mega.train.learner import Learner, TrainingError
 
 FOLDER, WEIGHTS, NAME = "vllm", "weights", "policy"
+CHECKS_FILE = "checks.jsonl"  # what the check has found, a line a sync
 MOST_REQUESTS = 256
 _LEAST_LOGIT = -100.0  # what the protocol allows at least
 _TOLERANCES = {"bfloat16": 0.2}
@@ -183,6 +185,9 @@ class VllmEngine:
         completions = self._on_first_rank(ask)
         ours = training_log_probs(self._learner, self._config, completions)
         self.difference = self._on_first_rank(lambda: greatest_difference(completions, ours))
+        if self._state.rank == 0:
+            with open(self._folder / CHECKS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"sync": self._num_syncs, "difference": self.difference}) + "\n")
         tolerance = self._options.tolerance or _TOLERANCES.get(self._config.train.dtype, _TOLERANCE)
         if not self.difference <= tolerance:  # NaN is no agreement
             self.close()

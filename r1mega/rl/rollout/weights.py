@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from r1mega.config import Config
 from r1mega.kernels.parameter import local
 from r1mega.model.export import BIAS, FileWriter, as_stored, huggingface_parts, stored_type, write_json, write_settings
+from r1mega.model.huggingface import named_tensors
 from r1mega.model.huggingface_files import INDEX_FILE, check_entries, read_entries
 from r1mega.parallel_state import ParallelState
 from r1mega.train.sharding import reshard
@@ -70,7 +73,8 @@ class WeightFolder:
         for name, tensor in self._tensors():
             whole = tensor.detach().to(torch.float32 if name.endswith(BIAS) else dtype)
             if isinstance(whole, DTensor):
-                whole = whole.full_tensor()
+                with _no_hints():
+                    whole = whole.full_tensor()
             if writes:
                 for hf_name, part in huggingface_parts(name, whole.cpu(), model, dtype):
                     files.add(hf_name, part)
@@ -82,9 +86,8 @@ class WeightFolder:
         adds_bias = as_stored(self._config.model).moe.score_bias and not self._config.model.moe.score_bias
         for number, stage in sorted(self._stages.items()):
             reshard(stage)
-            saved = stage.state_dict().keys()
-            for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
-                if name not in saved or (name == _EMBEDDING and number > 0):
+            for name, tensor in named_tensors(stage).items():
+                if name == _EMBEDDING and number > 0:
                     continue
                 yield name, tensor
                 if adds_bias and name.endswith(".mlp.gate.weight"):
@@ -117,3 +120,15 @@ class WeightFolder:
         for _, tensor in self._tensors():
             digest.update(local(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.digest()
+
+
+@contextmanager
+def _no_hints() -> Iterator[None]:
+    """Not to be told that tensors cut over two axes are gathered in two messages, which are few here."""
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -30,7 +30,7 @@ def nothing(learner: Learner) -> None:
 
 @dataclass
 class Job:
-    """What to generate; ``fault`` is the stand-in's. Each of ``syncs`` changes the weights first."""
+    """What to generate, with ``other`` in the end; ``fault`` is the stand-in's. ``syncs`` change the weights before."""
 
     folder: Path
     tokenizer: str
@@ -39,6 +39,7 @@ class Job:
     rl: RLConfig = field(default_factory=RLConfig)
     fault: str = ""
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=6, seed=7, stop=(3, 4, 9)))
+    other: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, max_tokens=2))
     syncs: tuple[Callable[[Learner], None], ...] = (nothing,)
 
 
@@ -50,6 +51,7 @@ class Result:
     order: list[list[tuple[int, int]]] = field(default_factory=list)
     differences: list[float] = field(default_factory=list)
     logs: list[str] = field(default_factory=list)  # of the server; each start begins a new one, with its port
+    other: list[Completion] = field(default_factory=list)
     error: str = ""
 
 
@@ -71,9 +73,7 @@ def generate(rank: int, world_size: int, job: Job) -> Result:
         model=job.model,
         parallel=job.parallel,
         data=DataConfig(sequence_length=16, tokenizer=job.tokenizer),
-        train=TrainConfig(
-            global_batch_size=8, microbatch_size=2, dtype="float32", output_dir=str(job.folder)
-        ),
+        train=TrainConfig(global_batch_size=8, microbatch_size=2, dtype="float32", output_dir=str(job.folder)),
         rl=dataclasses.replace(job.rl, engine="vllm", max_prompt_tokens=8, max_new_tokens=8),
     )
     state = ParallelState(Layout.from_config(job.parallel, world_size))
@@ -94,6 +94,7 @@ def generate(rank: int, world_size: int, job: Job) -> Result:
                 result.order.append(order)
                 result.differences.append(engine.difference)
                 result.logs.append((job.folder / LOG).read_text())
+            result.other = engine.generate(mine, job.other)
         except TrainingError as error:
             result.error = str(error)
         finally:

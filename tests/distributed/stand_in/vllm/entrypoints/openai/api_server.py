@@ -1,7 +1,7 @@
 """Stands in for vLLM's server: the same flags, the same endpoint, the answers of r1mega's own model.
 
 The environment variable STAND_IN says what goes wrong: ``refuse`` to start, ``die`` or ``hang`` at a completion,
-``stale`` weights after a reload, ``corrupt`` weights, ``no_experts`` reported.
+``stale`` weights after a reload, ``no_experts`` reported.
 """
 
 from __future__ import annotations
@@ -44,9 +44,6 @@ class Model:
         blocks = list_blocks(self._config, self._arguments.max_model_len)
         stage = build_stage(self._config, ParallelState.single_process(), blocks, torch.float32, "cpu")
         load_huggingface(stage, self._config, self._arguments.model)
-        if FAULT == "corrupt":
-            with torch.no_grad():
-                dict(stage.named_parameters())["layers.1.self_attn.o_proj.weight"].mul_(0.9)
         return stage
 
     def complete(self, request: dict) -> dict:
@@ -75,7 +72,7 @@ class Model:
                     reason = "stop"
                     break
         choice = {"token_ids": tokens, "logprobs": {"token_logprobs": log_probs}, "finish_reason": reason}
-        if self._arguments.enable_return_routed_experts and FAULT != "no_experts":
+        if self._arguments.enable_return_routed_experts:
             choice["routed_experts"] = experts
         return choice
 
@@ -123,6 +120,9 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(3)
         elif FAULT == "hang":
             time.sleep(60)
+        elif FAULT == "no_experts":
+            choice = {"token_ids": [1], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "length"}
+            self._answer(200, {"choices": [choice]})
         else:
             self._answer(200, {"choices": [self.model.complete(request)]})
 

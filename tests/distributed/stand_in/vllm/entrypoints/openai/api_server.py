@@ -17,6 +17,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULT = os.environ.get("STAND_IN", "")
+DYING = threading.Lock()
 
 
 class Model:
@@ -116,8 +117,9 @@ class Handler(BaseHTTPRequestHandler):
         elif request["model"] != self.name:
             self._answer(404, {"error": {"message": f"The model `{request['model']}` does not exist."}})
         elif FAULT == "die":
-            print("RuntimeError: out of luck", flush=True)
-            os._exit(3)
+            with DYING:
+                print("RuntimeError: out of luck", flush=True)
+                os._exit(3)
         elif FAULT == "hang":
             time.sleep(60)
         elif FAULT == "no_experts":

@@ -159,7 +159,15 @@ class VllmEngine:
         arguments += ["--logprobs-mode", "raw_logprobs" if self._reports_raw else "processed_logprobs"]
         if self._with_experts:
             arguments.append("--enable-return-routed-experts")
-        return self._server.start(arguments)
+        try:
+            return self._server.start(arguments)
+        except VllmError as error:
+            if not self._with_experts:
+                raise
+            hint = (
+                "rl.routing_replay asks for the choices of experts, which not every vLLM reports (on a CPU none does)"
+            )
+            raise VllmError(f"{error}; {hint}") from error
 
     def _reload(self) -> None:
         """The server reads the folder again, and forgets what it has cached of prompts."""

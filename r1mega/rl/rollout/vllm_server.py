@@ -147,8 +147,10 @@ class Server:
     def _last_words(self) -> str:
         """What its log says of the cause: the first error where there is one, else the last line."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [found[1] for found in map(_ERROR.search, lines) if found]
-        said = errors[0] if errors else lines[-1] if lines else "it said nothing"
+        errors = [(found[1], i) for i, found in enumerate(map(_ERROR.search, lines)) if found]
+        said = errors[0][0] if errors else lines[-1] if lines else "it said nothing"
+        if "validation error" in said:  # pydantic's, which says what it is in the next line
+            said = " ".join([said, *lines[errors[0][1] + 1 :][:1]])
         return f"{_short(said.encode())}; see {self.log}"
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from r1mega.config.checks import require, require_finite, require_not_negative, require_positive
-from r1mega.rl.options import AdvantageOptions, LossOptions
+from r1mega.rl.options import AdvantageOptions, LossOptions, PPOOptions
 
 
 @dataclass
@@ -49,6 +49,7 @@ class RLConfig:
     which are split at random into as many minibatches: one optimizer step each.
 
     Args:
+        algorithm: ``grpo`` compares a completion with its group; ``ppo`` with what a value head expects at each token.
         prompts: JSONL file of ``{"prompt": ..., "reference": ...}``; a run goes round in it.
         eval_prompts: prompts for evaluations; null evaluates nothing.
         template: what a prompt is wrapped in: ``plain`` (nothing), ``r1_zero`` (the paper's table 1), ``r1_chat``.
@@ -76,10 +77,12 @@ class RLConfig:
         show_interval: steps between samples that are shown; 0 shows none.
         engine: what generates: ``native`` (the training processes themselves), or ``vllm``.
         loss: the objective.
-        advantage: from rewards to advantages.
+        advantage: from rewards to advantages, for ``grpo``.
+        ppo: from rewards and values to advantages, for ``ppo``.
         reward: what is rewarded.
     """
 
+    algorithm: Literal["grpo", "ppo"] = "grpo"
     prompts: str | None = None
     eval_prompts: str | None = None
     template: Literal["plain", "r1_zero", "r1_chat"] = "plain"
@@ -104,6 +107,7 @@ class RLConfig:
     engine: Literal["native", "vllm"] = "native"
     loss: LossOptions = field(default_factory=LossOptions)
     advantage: AdvantageOptions = field(default_factory=AdvantageOptions)
+    ppo: PPOOptions = field(default_factory=PPOOptions)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
     def __post_init__(self) -> None:

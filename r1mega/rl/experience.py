@@ -123,7 +123,7 @@ class Experience:
                         index=group.place * rl.group_size + i,
                         prompt=completion.prompt,
                         tokens=completion.tokens,
-                        advantage=advantage,
+                        advantage=advantage if rl.algorithm == "grpo" else group.totals[i],
                         rollout_log_probs=completion.log_probs,
                         in_loss=completion.finished or rl.overlong == "keep",
                         experts=completion.experts or {},

@@ -52,7 +52,8 @@ def check_settings(config: Config, world_size: int) -> Config:
     """
     rl = config.rl
     model = resolve_model_config(config.model)
-    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, bias_update_rate=rl.bias_update_rate))
+    moe = dataclasses.replace(model.moe, bias_update_rate=rl.bias_update_rate)
+    model = dataclasses.replace(model, value_head=rl.algorithm == "ppo", moe=moe)
     length = rl.max_tokens + -rl.max_tokens % config.parallel.tp
     tokenizer = config.data.tokenizer or config.model.checkpoint
     data = dataclasses.replace(config.data, sequence_length=length, tokenizer=tokenizer)

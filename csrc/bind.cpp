@@ -14,7 +14,7 @@
 namespace r1mega {
 namespace {
 
-constexpr int kInterface = 3;                  // r1mega/kernels/native.py wants the same; raise both together
+constexpr int kInterface = 4;                  // r1mega/kernels/native.py wants the same; raise both together
 constexpr int64_t kElementsOfThread = 1 << 16;  // less work is not worth a thread
 
 const Kernels* best_kernels() {
@@ -174,6 +174,24 @@ void rotate(Pointer input, int64_t stride, Pointer cos, Pointer sin, Pointer out
 }
 
 template <class T>
+void policy_statistics(Pointer logits, Pointer targets, double scale, Pointer found, int64_t num_rows, int64_t width,
+                       int threads) {
+  share(num_rows, 4 * width, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().policy_statistics(at<T>(logits), at<int64_t>(targets), T(scale), at<T>(found), width, begin, end);
+  });
+}
+
+template <class T>
+void policy_gradient(Pointer logits, Pointer rows, Pointer targets, Pointer lse, Pointer entropy, Pointer of_log_prob,
+                     Pointer of_entropy, double scale, int64_t num_rows, int64_t width, int threads) {
+  const RowGradients<T> of{at<int64_t>(rows), at<int64_t>(targets), at<T>(lse), at<T>(entropy), at<T>(of_log_prob),
+                           at<T>(of_entropy)};
+  share((width + kLogitBlock - 1) / kLogitBlock, 4 * kLogitBlock * num_rows, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().policy_gradient(at<T>(logits), of, T(scale), num_rows, width, begin, end);
+  });
+}
+
+template <class T>
 void define_typed(pybind11::module_& m, const std::string& suffix) {
   const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
   m.def(("route_" + suffix).c_str(), &route<T>, without_gil);
@@ -184,6 +202,8 @@ void define_typed(pybind11::module_& m, const std::string& suffix) {
   m.def(("rms_norm_" + suffix).c_str(), &rms_norm<T>, without_gil);
   m.def(("rms_norm_backward_" + suffix).c_str(), &rms_norm_backward<T>, without_gil);
   m.def(("rotate_" + suffix).c_str(), &rotate<T>, without_gil);
+  m.def(("policy_statistics_" + suffix).c_str(), &policy_statistics<T>, without_gil);
+  m.def(("policy_gradient_" + suffix).c_str(), &policy_gradient<T>, without_gil);
 }
 
 }  // namespace

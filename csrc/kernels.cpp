@@ -361,9 +361,68 @@ void rotate(const T* input, int64_t stride, const T* cos, const T* sin, T* out, 
 }
 
 template <class T>
+void policy_statistics(const T* logits, const int64_t* targets, T scale, T* found, int64_t width, int64_t begin,
+                       int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = logits + r * width;
+    T greatest = 0;
+    double sum = 0, moment = 0;
+    for (int64_t start = 0; start < width; start += kLogitBlock) {
+      const int64_t stop = start + kLogitBlock < width ? start + kLogitBlock : width;
+      T top = x[start];
+#pragma omp simd reduction(max : top)
+      for (int64_t v = start; v < stop; ++v) top = x[v] > top ? x[v] : top;
+      top *= scale;
+      if (start == 0) {
+        greatest = top;
+      } else if (top > greatest) {
+        const double shift = double(greatest) - double(top), factor = exponential(shift);
+        moment = (moment + sum * shift) * factor;
+        sum *= factor;
+        greatest = top;
+      }
+      T block_sum = 0, block_moment = 0;
+#pragma omp simd reduction(+ : block_sum, block_moment)
+      for (int64_t v = start; v < stop; ++v) {
+        const T shifted = x[v] * scale - greatest, power = exponential(shifted);
+        block_sum += power;
+        block_moment += power * shifted;
+      }
+      sum += block_sum;
+      moment += block_moment;
+    }
+    T* out = found + 4 * r;
+    out[0] = greatest;
+    out[1] = T(sum);
+    out[2] = T(moment);
+    out[3] = targets[r] < 0 ? T(0) : x[targets[r]] * scale;
+  }
+}
+
+template <class T>
+void policy_gradient(T* logits, const RowGradients<T>& of, T scale, int64_t num_rows, int64_t width, int64_t begin,
+                     int64_t end) {
+  const int64_t first = begin * kLogitBlock, last = end * kLogitBlock < width ? end * kLogitBlock : width;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const T* x = logits + (of.rows ? of.rows[i] : i) * width;  // this row of the result, or one after it
+    T* out = logits + i * width;
+    const T lse = of.lse[i], entropy = of.entropy[i], by_log_prob = of.of_log_prob[i] * scale,
+            by_entropy = of.of_entropy[i] * scale;
+#pragma omp simd
+    for (int64_t v = first; v < last; ++v) {
+      const T log_p = x[v] * scale - lse;
+      out[v] = -exponential(log_p) * (by_log_prob + by_entropy * (log_p + entropy));
+    }
+    const int64_t target = of.targets[i];
+    if (target >= first && target < last) out[target] += by_log_prob;
+  }
+}
+
+template <class T>
 constexpr TypedKernels<T> typed() {
   return {choose<T>,          route_backward<T>, sum_rows<T>,          swiglu<T>,
-          swiglu_backward<T>, rms_norm<T>,       rms_norm_backward<T>, rotate<T>};
+          swiglu_backward<T>, rms_norm<T>,       rms_norm_backward<T>, rotate<T>,
+          policy_statistics<T>, policy_gradient<T>};
 }
 
 }  // namespace

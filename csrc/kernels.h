@@ -10,6 +10,14 @@ namespace r1mega {
 
 constexpr int kMaxExperts = 4096;
 constexpr int kRowsOfPartial = 128;  // rows that one partial sum of a weight gradient covers
+constexpr int kLogitBlock = 2048;    // logits of a row that are looked at together; they stay in the first cache
+
+// What the gradient of the logits of K rows is made of; see r1mega/kernels/policy_tile.py. `rows` may be null: all.
+template <class T>
+struct RowGradients {
+  const int64_t *rows, *targets;
+  const T *lse, *entropy, *of_log_prob, *of_entropy;
+};
 
 struct RouteOptions {
   int num_experts, top_k, num_groups, top_k_groups;
@@ -46,6 +54,14 @@ struct TypedKernels {
   // are `half` apart or, interleaved, neighbours.
   void (*rotate)(const T* input, int64_t stride, const T* cos, const T* sin, T* out, int64_t heads, int64_t length,
                  int64_t half, bool interleaved_input, bool interleaved_out, bool back, int64_t begin, int64_t end);
+  // found [C, 4]: of s = logits * scale the greatest, the sums of e^(s - greatest) and of e^(s - greatest) times
+  // (s - greatest), and s of the target (0 for a negative one). Logits [C, width].
+  void (*policy_statistics)(const T* logits, const int64_t* targets, T scale, T* found, int64_t width, int64_t begin,
+                            int64_t end);
+  // The gradient of row rows[i] goes to row i of logits itself; rows ascend, so that none is overwritten too soon.
+  // `begin` and `end` count blocks of kLogitBlock columns: threads share columns, each goes through all rows.
+  void (*policy_gradient)(T* logits, const RowGradients<T>& of, T scale, int64_t num_rows, int64_t width, int64_t begin,
+                          int64_t end);
 };
 
 struct Kernels {

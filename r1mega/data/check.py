@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from r1mega.config import Config, ConfigError
+from r1mega.data.demonstrations import are_demonstrations, read_examples
 from r1mega.data.index import IndexFile, cache_folder, checksum, parse_blend, read_index
 from r1mega.data.tokenizer import Tokenizer
 
@@ -19,40 +20,75 @@ def check_data(config: Config, contents: bool = True) -> None:
 
     Args:
         config: the job.
-        contents: also compare the checksum, and look for token ids that the model does not have: in whole files up to
-            268 million tokens, in 64 places of larger ones. One process of a machine needs to do it.
+        contents: also compare the checksum, encode demonstrations, and look for token ids that the model does not have:
+            in whole files up to 268 million tokens, in 64 places of larger ones. One process of a machine needs to do
+            it.
 
     Raises :class:`ConfigError`: one line that names the field and the file.
     """
     data = config.data
     if not data.train:
         raise ConfigError("data.train=[]: name at least one prefix of .bin/.idx files; see tools/prepare_data.py")
-    prefixes = {}
-    for name, blend in (("data.train", data.train), ("data.valid", data.valid)):
-        prefixes[name] = [prefix for prefix, _ in parse_blend(blend, name)]
-        num_samples = 0
-        for prefix in prefixes[name]:
-            index = read_index(prefix, name)
-            num_samples += (index.num_tokens - 1) // data.sequence_length
-            if (size := index.num_tokens) <= data.sequence_length:
-                raise ConfigError(
-                    f"data.sequence_length={data.sequence_length}: {prefix}.bin ({name}) has only {size} tokens"
-                )
-            if contents:
-                _check_tokens(index, config.model.vocab_size, name)
-        if blend:
-            _check_epochs(config, name, num_samples)
+    tokenizer = _load_tokenizer(config)
+    names = {"data.train": data.train, "data.valid": data.valid}
+    prefixes = {name: [prefix for prefix, _ in parse_blend(blend, name)] for name, blend in names.items()}
+    folder = cache_folder(prefixes["data.train"], data.cache_dir)
+    for name, blend in names.items():
+        if are_demonstrations(blend, name):
+            _check_demonstrations(config, prefixes[name], tokenizer, folder if contents else None, name)
+        elif blend:
+            _check_documents(config, prefixes[name], contents, name)
     if contents and data.checksum is not None and (found := checksum(prefixes["data.train"])) != data.checksum:
         files = ", ".join(prefixes["data.train"])
         raise ConfigError(f"data.checksum={data.checksum}: the files of data.train ({files}) have {found}")
-    if data.tokenizer is not None:
-        size = Tokenizer.load(data.tokenizer).vocab_size
-        if size > config.model.vocab_size:
+    _check_cache_folder(folder)
+
+
+def _load_tokenizer(config: Config) -> Tokenizer | None:
+    if config.data.tokenizer is None:
+        return None
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    if (size := tokenizer.vocab_size) > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: must be at least {size}, "
+            f"the size of data.tokenizer ({config.data.tokenizer})"
+        )
+    return tokenizer
+
+
+def _check_documents(config: Config, prefixes: list[str], contents: bool, name: str) -> None:
+    num_samples = 0
+    for prefix in prefixes:
+        index = read_index(prefix, name)
+        num_samples += (index.num_tokens - 1) // config.data.sequence_length
+        if (size := index.num_tokens) <= config.data.sequence_length:
             raise ConfigError(
-                f"model.vocab_size={config.model.vocab_size}: must be at least {size}, "
-                f"the size of data.tokenizer ({data.tokenizer})"
+                f"data.sequence_length={config.data.sequence_length}: {prefix}.bin ({name}) has only {size} tokens"
             )
-    _check_cache_folder(cache_folder(prefixes["data.train"], data.cache_dir))
+        if contents:
+            _check_tokens(index, config.model.vocab_size, name)
+    _check_epochs(config, name, num_samples)
+
+
+def _check_demonstrations(
+    config: Config, paths: list[str], tokenizer: Tokenizer | None, folder: Path | None, name: str
+) -> None:
+    """Without ``folder``, where they are encoded, only look for the files."""
+    if tokenizer is None:
+        raise ConfigError(f"data.tokenizer=null: must be given, because {name} holds demonstrations ({paths[0]})")
+    for path in paths:
+        if not Path(path).is_file():
+            raise ConfigError(f"{name}={path}: there is no such file")
+    if folder is None:
+        return
+    _check_cache_folder(folder)
+    try:
+        files = [read_examples(path, tokenizer, folder, name) for path in paths]
+    except OSError as error:
+        raise ConfigError(f"data.cache_dir={folder}: cannot be used ({error.strerror}); name another folder") from error
+    for examples in files:
+        examples.check_lengths(config.data.sequence_length)
+    _check_epochs(config, name, sum(map(len, files)))
 
 
 def _check_epochs(config: Config, name: str, num_samples: int) -> None:

@@ -1,8 +1,9 @@
-"""The samples of a run: one Megatron file or a weighted blend of several."""
+"""The samples of a run: one Megatron file, a weighted blend of several, or demonstrations."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from r1mega.config import ConfigError
+from r1mega.data.demonstrations import DemonstrationDataset, are_demonstrations, read_examples
 from r1mega.data.files import cached_arrays
 from r1mega.data.index import cache_folder, parse_blend
 
@@ -50,29 +52,33 @@ def build_dataset(
     seed: int,
     cache_dir: str | None = None,
     tokenizer: Tokenizer | None = None,
-) -> TokenDataset:
+) -> TokenDataset | DemonstrationDataset:
     """Build a dataset of ``num_samples`` samples of ``sequence_length`` tokens.
 
-    Documents are packed as Megatron packs them (end to end, in shuffled order, samples shuffled once more); files are
-    read for as many epochs as it takes, each in its own order. Every process may call it, with torch.distributed or
-    without: one builds the sample order, the others wait for the file.
+    Documents are packed as Megatron packs them (end to end, in shuffled order, samples shuffled once more); of
+    demonstrations, each is a sample (:mod:`r1mega.data.demonstrations`). Files are read for as many epochs as it takes,
+    each in its own order. Every process may call it, with torch.distributed or without: one builds the sample order,
+    the others wait for the file.
 
     Args:
         blend: prefixes of ``.bin/.idx`` files, each may follow its weight; without weights, files are mixed in
-            proportion to their sizes.
+            proportion to their sizes. Or ``.jsonl`` files of demonstrations.
         sequence_length: tokens of a sample.
         num_samples: length of the dataset.
         seed: decides the order; epoch ``e`` of a file uses ``seed + e``.
         cache_dir: where the order is kept; None is ``cache`` beside the first file.
-        tokenizer: what the documents were encoded with.
+        tokenizer: what the documents were encoded with; demonstrations are encoded with it.
 
     Raises:
         ConfigError: a file is missing, damaged or too short, or the cache cannot be written.
     """
-    from r1mega.data.packing import PackedFile, blend_order
-
     pairs = parse_blend(blend, "data")
     folder = cache_folder([prefix for prefix, _ in pairs], cache_dir)
+    if are_demonstrations(blend, "data"):
+        assert tokenizer is not None
+        return _build_demonstrations(blend, sequence_length, num_samples, seed, folder, tokenizer)
+    from r1mega.data.packing import PackedFile, blend_order
+
     vocab_size, eod = (tokenizer.vocab_size, tokenizer.eos_id) if tokenizer is not None else (2**31, 0)
     try:
         files = [PackedFile(prefix, sequence_length, seed, folder, vocab_size, eod) for prefix, _ in pairs]
@@ -89,6 +95,21 @@ def build_dataset(
             for epoch in range(-(-count // file.samples_per_epoch)):
                 file.epoch(epoch)
     except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"data.cache_dir={folder}: cannot be used ({reason}); name another folder") from error
+        raise _unusable(folder, error) from error
     return TokenDataset(files, order, num_samples)
+
+
+def _build_demonstrations(
+    paths: list[str], sequence_length: int, num_samples: int, seed: int, folder: Path, tokenizer: Tokenizer
+) -> DemonstrationDataset:
+    try:
+        files = [read_examples(path, tokenizer, folder, "data") for path in paths]
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    for examples in files:
+        examples.check_lengths(sequence_length)
+    return DemonstrationDataset(files, sequence_length, num_samples, seed, tokenizer.eos_id)
+
+
+def _unusable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"data.cache_dir={folder}: cannot be used ({error.strerror or error}); name another folder")

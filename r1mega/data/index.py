@@ -114,10 +114,13 @@ def cache_folder(prefixes: list[str], cache_dir: str | None) -> Path:
 
 
 def checksum(prefixes: list[str]) -> str:
-    """sha256 over the bytes of ``prefix.bin`` and ``prefix.idx`` of each prefix, in order: ``data.checksum``."""
+    """sha256 over the bytes of ``prefix.bin`` and ``prefix.idx`` of each prefix, in order: ``data.checksum``.
+
+    A prefix that ends in ``.jsonl`` is a file.
+    """
     digest = hashlib.sha256()
     for prefix in prefixes:
-        for suffix in (".bin", ".idx"):
+        for suffix in ("",) if prefix.endswith(".jsonl") else (".bin", ".idx"):
             with open(f"{prefix}{suffix}", "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)

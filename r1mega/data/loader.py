@@ -12,11 +12,14 @@ from torch import Tensor
 from r1mega.config import ConfigError
 from r1mega.data.batch import Batch
 
+NAMES = ("tokens", "labels", "loss_mask", "counted")
+
 
 class SampleDataset(Protocol):
-    """A dataset of samples ``{"tokens": [s], "labels": [s], "loss_mask": [s]}``.
+    """A dataset of samples ``{"tokens": [s], "labels": [s], "loss_mask": [s]}``, with ``"counted": [s]`` if padded.
 
-    Where an attribute ``every_label_counts`` is there and true, no mask is ever read to count the labels.
+    Where an attribute ``every_label_counts`` is there and true, or a method ``num_loss_tokens(index)``, no mask is ever
+    read to count the labels.
     """
 
     def __len__(self) -> int: ...
@@ -90,21 +93,25 @@ class StepLoader:
         samples = [self.dataset[i] for i in local]
         num_loss_tokens = self._count_loss_tokens(start, local, samples)
         size = self.microbatch_size
-        return [
-            Batch(
-                tokens=torch.stack([sample["tokens"] for sample in samples[i : i + size]]),
-                labels=torch.stack([sample["labels"] for sample in samples[i : i + size]]),
-                loss_mask=torch.stack([sample["loss_mask"] for sample in samples[i : i + size]]).bool(),
-                num_loss_tokens=num_loss_tokens,
-                num_sequences=self.global_batch_size,
-            )
-            for i in range(0, self.num_local, size)
-        ]
+        return [self._batch(samples[i : i + size], num_loss_tokens) for i in range(0, self.num_local, size)]
+
+    def _batch(self, samples: list[Mapping[str, Tensor]], num_loss_tokens: int) -> Batch:
+        tensors = {name: torch.stack([sample[name] for sample in samples]) for name in NAMES if name in samples[0]}
+        return Batch(
+            tokens=tensors["tokens"],
+            labels=tensors["labels"],
+            loss_mask=tensors["loss_mask"].bool(),
+            num_loss_tokens=num_loss_tokens,
+            num_sequences=self.global_batch_size,
+            counted=tensors.get("counted"),
+        )
 
     def _count_loss_tokens(self, start: int, local: range, samples: list[Mapping[str, Tensor]]) -> int:
         """Labels that count in the global batch: without communication, so every rank reads the others' masks."""
         if getattr(self.dataset, "every_label_counts", False):
             return self.global_batch_size * samples[0]["labels"].numel()
         everyone = range(start, start + self.global_batch_size)
+        if (count := getattr(self.dataset, "num_loss_tokens", None)) is not None:
+            return sum(count(i) for i in everyone)
         masks = (samples[i - local.start] if i in local else self.dataset[i] for i in everyone)
         return sum(int(sample["loss_mask"].bool().sum()) for sample in masks)

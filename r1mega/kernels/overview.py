@@ -42,6 +42,8 @@ OPERATIONS = (
     Operation("rotate", "rotate", "rotary position embedding"),
     Operation("linear", "linear", "products with one or several weights", (PYTORCH,)),
     Operation("grouped_linear", "linear", "products of each expert's rows with its weight", (TRITON, PYTORCH)),
+    Operation("policy_head", "policy_head", "policy loss from hidden states", (CPP, TRITON, PYTORCH)),
+    Operation("policy_log_probs", "policy_head", "log-probabilities and entropy", (CPP, TRITON, PYTORCH)),
     Operation("causal_attention", "attention", "softmax attention", (PYTORCH,)),
 )
 

@@ -7,9 +7,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from r1mega.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -96,7 +99,7 @@ def plot_loss(metrics: list[dict], path: Path) -> None:
     if axes.lines:
         axes.legend(frameon=False)
     _add_token_axis(axes, metrics)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_curve(axes, points: list[tuple[int, float]], label: str, marker: str | None) -> None:  # noqa: ANN001
@@ -145,10 +148,11 @@ def plot_expert_load(loads: Mapping[str, Sequence[int]], path: Path, metrics: Se
         figure.colorbar(image, ax=other)
     for each in (axes, *below):
         each.set_yticks(range(len(names)), [name.removesuffix(".mlp.gate") for name in names])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure, path: Path) -> None:  # noqa: ANN001
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write ``figure`` to ``path`` as a PNG, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)

@@ -174,7 +174,7 @@ def test_every_setting_without_its_last_letter_is_found_again() -> None:
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    known = "pretrain, layout, model, export, simulate, kernels"
+    known = "pretrain, sft, grpo, layout, model, export, simulate, kernels"
     assert error_line(capsys, ["pretain"]) == f"unknown command pretain; must be one of {known}"
 
 
@@ -228,11 +228,17 @@ def test_help_of_a_command_has_a_purpose_and_two_examples(capsys: pytest.Capture
     assert "``" not in text
 
 
-def test_help_of_pretrain_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_text(capsys, "pretrain")
+def test_help_of_grpo_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys, "grpo")
     for name in setting_types():
         assert f"  --{name}" in text
     assert "--model CONFIG" not in text
+
+
+def test_help_of_pretrain_describes_every_setting_but_those_of_rl(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys, "pretrain")
+    for name in setting_types():
+        assert (f"  --{name}" in text) == (not name.startswith("rl."))
 
 
 @pytest.mark.parametrize(("command", "group"), [("layout", "parallel"), ("model", "model")])

@@ -21,14 +21,16 @@ from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from r1mega.kernels.route import RouteOptions
-from r1mega.kernels.triton import combine, grouped, permute, rms_norm, route, swiglu
+from r1mega.kernels.triton import combine, grouped, permute, policy_head, rms_norm, route, swiglu
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 VARIANTS_OF = 90
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
 T, K, H, E, F, LOCAL = 8192, 8, 7168, 256, 2048, 32
+V, CHUNK = 129280, 2048
 R = T * K
-OPTIONAL = {"_route": ["bias_E"], "_sum_rows": ["weights_TK"], "_route_backward": ["logits_TE", "grad_sums_E"]}
+OPTIONAL = {"_route": ["bias_E"], "_sum_rows": ["weights_TK"], "_route_backward": ["logits_TE", "grad_sums_E"],
+            "_policy_gradient": ["rows_K"]}  # fmt: skip
 BF16, F32, I64, I32 = torch.bfloat16, torch.float32, torch.int64, torch.int32
 
 
@@ -61,6 +63,12 @@ def launch_all(variants: bool) -> None:
     gain = on_meta(H)
     _, scales = rms_norm.rms_norm(tokens, gain, 1e-6)
     rms_norm.rms_norm_backward(tokens, tokens, gain, scales)
+    logits, targets, vector = on_meta(CHUNK, V, dtype=F32), on_meta(CHUNK, dtype=I64), on_meta(CHUNK, dtype=F32)
+    assert policy_head.statistics(logits, targets, 1.0).shape == (CHUNK, 4)
+    policy_head.gradient(logits, None, targets, *(vector for _ in range(4)), 1.0, on_meta(CHUNK, V))
+    if variants:
+        policy_head.gradient(logits, targets, targets, *(vector for _ in range(4)), 1.0, on_meta(CHUNK, V))
+        policy_head.gradient(logits, None, targets, *(vector for _ in range(4)), 1.0, logits)
     for dtype in (BF16, F32)[: 1 + variants]:
         weight, down = on_meta(LOCAL, 2, F, H, dtype=dtype), on_meta(LOCAL, H, F, dtype=dtype)
         grouped.gate_up_swiglu(rows.to(dtype), weight, scale, ends)

@@ -1,9 +1,9 @@
 """Triton versions of the operations, for GPUs; here is whether they run, which tensors they take, and why not.
 
-``combine``, ``swiglu``, ``rms_norm``, ``route`` (and its backward), ``permute`` (with ``scan``) and ``grouped``
-(products of each expert's rows) are plain functions on tensors that launch kernels and know no autograd; ``compat`` is
-what their kernels share. Triton is imported with the first of these modules, never with this package, so that a machine
-without it works as before.
+``combine``, ``swiglu``, ``rms_norm``, ``route`` (and its backward), ``permute`` (with ``scan``), ``grouped`` (products
+of each expert's rows) and ``policy_head`` (two passes over logits) are plain functions on tensors that launch kernels
+and know no autograd; ``compat`` is what their kernels share. Triton is imported with the first of these modules, never
+with this package, so that a machine without it works as before.
 
 They run for plain float32, float16 and bfloat16 tensors on one NVIDIA GPU of compute capability 8.0 or newer, unless
 ``R1MEGA_TRITON`` is 0. Under ``TRITON_INTERPRET=1``, Triton's own switch for debugging, they run on CPU tensors, and

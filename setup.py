@@ -116,6 +116,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["r1mega", "r1mega.*"]),
+    package_data={"r1mega.rl": ["presets/*.yaml"]},
     install_requires=requirements("torch", "runtime"),
     extras_require={"dev": requirements("dev")},
     entry_points={"console_scripts": ["r1mega = r1mega.cli:main"]},

@@ -49,8 +49,20 @@ def parse(parser: SettingsParser, argv: Sequence[str]) -> tuple[Config, jsonargp
     """
     check_flags(argv, known_options=parser.option_names())
     namespace = parser.parse_args(list(argv))
-    built = parser.instantiate(namespace)
+    try:
+        built = parser.instantiate(namespace)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(with_whole_name(str(error))) from error
     return Config(**{field.name: built[field.name] for field in dataclasses.fields(Config)}), namespace
+
+
+def with_whole_name(message: str) -> str:
+    """The error ``name=value: ...`` of options that other stacks use, too, with the dotted name of the setting."""
+    name, equals, rest = message.partition("=")
+    whole = [setting for setting in setting_types() if setting.split(".")[-1] == name]
+    return f"{whole[0]}{equals}{rest}" if len(whole) == 1 else message
 
 
 def is_first_rank() -> bool:

@@ -15,6 +15,7 @@ from r1mega.config import ModelConfig
 from r1mega.kernels.attention import causal_attention
 from r1mega.kernels.rotate import rotate
 from r1mega.model.rope import RotaryTable, softmax_scale
+from r1mega.model.sequences import Sequences
 from r1mega.parallel_state import ParallelState
 from r1mega.tensor_parallel.collectives import gather_tokens, reduce_scatter_tokens
 from r1mega.tensor_parallel.layers import Linear, RMSNorm, apply_all
@@ -55,8 +56,9 @@ class LatentAttention(nn.Module):
         self.o_proj = linear(a.num_heads * self.v_dim, config.hidden_size, cut="row")
         self.rotary = RotaryTable(a.rope, self.rope_dim)
 
-    def forward(self, hidden_TH: Tensor, length: int) -> Tensor:
-        """``[T / tp, H] -> [T / tp, H]``; ``length`` tokens are one sequence."""
+    def forward(self, hidden_TH: Tensor, sequences: Sequences) -> Tensor:
+        """``[T / tp, H] -> [T / tp, H]``."""
+        length = sequences.length
         if self.has_q_lora:
             query, latent = apply_all((self.q_a_proj, self.kv_a_proj_with_mqa), hidden_TH)
             query = self.q_b_proj(gather_tokens(self.q_a_layernorm(query), self.group))
@@ -74,7 +76,7 @@ class LatentAttention(nn.Module):
         key_nope, value = key_value.split([self.nope_dim, self.v_dim], dim=-1)
         key_rope = rotate(key_rope.reshape(-1, length, 1, self.rope_dim), cos, sin, interleaved=True)
         key = torch.cat([key_nope, key_rope.expand(-1, -1, self.heads, -1)], dim=-1)
-        out = _attend(query, key, value, self.scale)
+        out = _attend(query, key, value, self.scale, sequences.packed)
         return reduce_scatter_tokens(self.o_proj(out), self.group)
 
 
@@ -98,8 +100,9 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = norm() if a.qk_norm else nn.Identity()
         self.rotary = RotaryTable(a.rope, self.head_dim)
 
-    def forward(self, hidden_TH: Tensor, length: int) -> Tensor:
-        """``[T / tp, H] -> [T / tp, H]``; ``length`` tokens are one sequence."""
+    def forward(self, hidden_TH: Tensor, sequences: Sequences) -> Tensor:
+        """``[T / tp, H] -> [T / tp, H]``."""
+        length = sequences.length
         hidden_TH = gather_tokens(hidden_TH, self.group)
         query, key, value = (
             projected.unflatten(1, (-1, self.head_dim)).unflatten(0, (-1, length))
@@ -108,12 +111,16 @@ class GroupedQueryAttention(nn.Module):
         cos, sin = self.rotary(length, hidden_TH.dtype, hidden_TH.device)
         query = rotate(self.q_norm(query), cos, sin, interleaved=False)
         key = rotate(self.k_norm(key), cos, sin, interleaved=False)
-        return reduce_scatter_tokens(self.o_proj(_attend(query, key, value, self.scale)), self.group)
+        out = _attend(query, key, value, self.scale, sequences.packed)
+        return reduce_scatter_tokens(self.o_proj(out), self.group)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """``[batch, length, N, dim]`` each, to ``[T, N * v_dim]``."""
-    out = causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale)
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: list[int] | None) -> Tensor:
+    """``[batch, length, N, dim]`` each, to ``[T, N * v_dim]``.
+
+    Positions count on over packed sequences: rotation tells only how far apart two tokens are.
+    """
+    out = causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, packed)
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from r1mega.config import ModelConfig
 from r1mega.model.attention import build_attention
+from r1mega.model.sequences import Sequences
 from r1mega.moe.layer import MoELayer
 from r1mega.parallel_state import ParallelState
 from r1mega.pipeline.exchange import Steps, keeping
@@ -29,7 +30,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype, device: str) -> None:
         super().__init__()
-        hidden = config.hidden_size
+        hidden, self.index = config.hidden_size, layer
         self.input_layernorm = RMSNorm(hidden, config.norm_eps, dtype, device)
         self.self_attn = build_attention(config, state, dtype, device)
         self.post_attention_layernorm = RMSNorm(hidden, config.norm_eps, dtype, device)
@@ -39,21 +40,22 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = FeedForward(hidden, config.ffn_hidden_size, state, dtype, device)
 
-    def forward(self, hidden_TH: Tensor, length: int, num_sequences: int) -> LayerSteps:
+    def forward(self, hidden_TH: Tensor, sequences: Sequences) -> LayerSteps:
         """Steps (:mod:`r1mega.pipeline.exchange`) that return the new residual stream and the losses by name.
 
         A generator, so that the layer can pause while its tokens are on their way to the experts and back.
 
         Args:
             hidden_TH: ``[T / tp, H]``.
-            length: tokens of a sequence.
-            num_sequences: sequences of the whole global batch, the normaliser of the losses.
+            sequences: of the microbatch.
         """
-        hidden_TH = hidden_TH + self.self_attn(self.input_layernorm(hidden_TH), length)
+        hidden_TH = hidden_TH + self.self_attn(self.input_layernorm(hidden_TH), sequences)
         normed = self.post_attention_layernorm(hidden_TH)
         if isinstance(self.mlp, FeedForward):
             return hidden_TH + self.mlp(normed), {}
-        (output, losses), (hidden_TH,) = yield from keeping(self.mlp.steps(normed, length, num_sequences), hidden_TH)
+        record = None if sequences.experts is None else sequences.experts.layer(self.index)
+        steps = self.mlp.steps(normed, sequences.length, sequences.num_sequences, record, sequences.counted)
+        (output, losses), (hidden_TH,) = yield from keeping(steps, hidden_TH)
         return hidden_TH + output, losses
 
 
@@ -72,15 +74,14 @@ class MTPLayer(nn.Module):
         self.layer = DecoderLayer(config, config.num_layers + index, state, dtype, device)
         self.norm = RMSNorm(hidden, config.norm_eps, dtype, device)
 
-    def forward(self, hidden_TH: Tensor, embedded_TH: Tensor, length: int, num_sequences: int) -> LayerSteps:
+    def forward(self, hidden_TH: Tensor, embedded_TH: Tensor, sequences: Sequences) -> LayerSteps:
         """Steps that return the normalised hidden states, ready for the head, and the losses of the layer.
 
         Args:
             hidden_TH: ``[T / tp, H]``, normalised hidden states of the model or of the MTP layer before.
             embedded_TH: ``[T / tp, H]``, embedding of the token that this layer sees in addition.
-            length: tokens of a sequence.
-            num_sequences: sequences of the whole global batch.
+            sequences: of the microbatch.
         """
         both = torch.cat([self.enorm(embedded_TH), self.hnorm(hidden_TH)], dim=-1)
-        hidden_TH, losses = yield from self.layer(self.eh_proj(both), length, num_sequences)
+        hidden_TH, losses = yield from self.layer(self.eh_proj(both), sequences)
         return self.norm(hidden_TH), losses

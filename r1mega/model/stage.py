@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from r1mega.config import ModelConfig
 from r1mega.data.batch import Batch
 from r1mega.model.decoder import DecoderLayer, MTPLayer
+from r1mega.model.sequences import Sequences
+from r1mega.moe.replay import ExpertRecord
 from r1mega.parallel_state import ParallelState
 from r1mega.pipeline.exchange import Steps, at_once, keeping
 from r1mega.pipeline.executor import StageOutput
@@ -60,7 +62,8 @@ class Stage(nn.Module):
     ) -> StageOutput | Steps[StageOutput]:
         """Run one microbatch; ``stepwise`` returns it as steps (:mod:`r1mega.pipeline.exchange`).
 
-        Without labels the last stage returns ``metrics["logits"]``, ``[tokens, vocabulary]``, and no loss.
+        The last stage predicts ``batch.labels``. Where there are none it calls ``batch.head``, and where there is no
+        head either it returns ``metrics["logits"]``, ``[tokens, vocabulary]``.
         """
         steps = self._steps(activations, batch)
         if stepwise:
@@ -72,9 +75,15 @@ class Stage(nn.Module):
     def _steps(self, activations: tuple[Tensor, ...], batch: Batch) -> Steps[StageOutput]:
         losses: dict[str, list[Tensor]] = defaultdict(list)
         streams = yield from self._run_blocks(activations, batch, losses)
-        if self.is_last and batch.labels is None:
-            return StageOutput(metrics={"logits": self._logits(streams[0])})
         metrics = {name: torch.stack(values).sum() for name, values in losses.items()}
+        if batch.experts is not None:
+            metrics |= self._agreement(batch.experts)
+        if self.is_last and batch.labels is None:
+            if batch.head is None:
+                return StageOutput(metrics=metrics | {"logits": self._logits(streams[0])})
+            output = batch.head(streams[0], self.lm_head, self.group)
+            output.metrics |= metrics
+            return output
         if not self.is_last:
             return StageOutput(streams, (), metrics)
         main, *ahead = (self._prediction_loss(hidden, depth, batch) for depth, hidden in enumerate(streams))
@@ -86,10 +95,10 @@ class Stage(nn.Module):
         self, activations: tuple[Tensor, ...], batch: Batch, losses: dict[str, list[Tensor]]
     ) -> Steps[tuple[Tensor, ...]]:
         """Everything but the head; what the stage hands on. Router losses are added to ``losses``, detached."""
-        length = batch.tokens.shape[1]
+        sequences = Sequences.of(batch)
         streams = (self._embed(batch.tokens),) if self.is_first else activations
         for layer in self.layers.values():
-            hidden, layer_losses = yield from layer(streams[0], length, batch.num_sequences)
+            hidden, layer_losses = yield from layer(streams[0], sequences)
             streams = (hidden,)
             _collect(losses, layer_losses)
         if self.norm is not None:
@@ -101,11 +110,15 @@ class Stage(nn.Module):
             streams = tuple(stream.clone() for stream in streams)
         for index, layer in self.mtp.items():
             embedded = self._embed(_ahead(batch.labels, int(index)))
-            steps = layer(streams[-1], embedded, length, batch.num_sequences)
+            steps = layer(streams[-1], embedded, sequences)
             (hidden, layer_losses), streams = yield from keeping(steps, *streams)
             streams = (*streams, hidden)
             _collect(losses, layer_losses)
         return streams
+
+    def _agreement(self, experts: ExpertRecord) -> dict[str, Tensor]:
+        """``[2]`` by router: repeated choices that the live router made as well, and all. They add up over ranks."""
+        return {f"layers.{i}.mlp.gate": experts.agreement[int(i)] for i in self.layers if int(i) in experts.agreement}
 
     def _embed(self, ids: Tensor) -> Tensor:
         assert self.embed_tokens is not None

@@ -10,6 +10,7 @@ from r1mega.moe.dispatcher import AllToAllDispatcher, Dispatch
 from r1mega.moe.exchanges import ToExperts, ToTokens
 from r1mega.moe.experts import Experts
 from r1mega.moe.overlap import begin
+from r1mega.moe.replay import LayerRecord
 from r1mega.moe.router import Router, Routing, expert_capacity
 from r1mega.parallel_state import ParallelState
 from r1mega.pipeline.exchange import Cut, Steps, at_once
@@ -51,12 +52,20 @@ class MoELayer(nn.Module):
         """
         return at_once(self.steps(hidden_TH, length, num_sequences))[0]
 
-    def steps(self, hidden_TH: Tensor, length: int, num_sequences: int) -> Steps[tuple[Tensor, dict[str, Tensor]]]:
+    def steps(
+        self,
+        hidden_TH: Tensor,
+        length: int,
+        num_sequences: int,
+        record: LayerRecord | None = None,
+        counted: Tensor | None = None,
+    ) -> Steps[tuple[Tensor, dict[str, Tensor]]]:
         """:meth:`forward`, cut at its two exchanges; the losses belong to the first cut.
 
         With ``moe.chunks`` nothing pauses: the exchanges of one chunk run under the experts of the others instead.
+        ``record`` and ``counted`` are the router's.
         """
-        routing = self.gate(hidden_TH, length, num_sequences)
+        routing = self.gate(hidden_TH, length, num_sequences, record, counted)
         if self.config.chunks > 1 and not self.dispatcher.is_local:
             _, (hidden_TH,) = yield Cut((), None, (hidden_TH,), tuple(routing.losses.values()))
             return self._in_chunks(hidden_TH, routing, self._capacity(hidden_TH, length)), routing.losses

@@ -19,6 +19,7 @@ from r1mega.config import MoEConfig
 from r1mega.kernels.linear import linear
 from r1mega.kernels.parameter import WeightGradients
 from r1mega.kernels.route import RouteOptions, rank_choices, route
+from r1mega.moe.replay import LayerRecord
 from r1mega.parallel_state import ParallelState
 from r1mega.tensor_parallel.layers import INITIAL_STD
 
@@ -116,13 +117,23 @@ class Router(nn.Module):
         counts = torch.zeros(config.num_experts, dtype=torch.int64, device=device)
         self.register_buffer("tokens_per_expert", counts, persistent=False)
 
-    def forward(self, hidden_TH: Tensor, length: int, num_sequences: int) -> Routing:
+    def forward(
+        self,
+        hidden_TH: Tensor,
+        length: int,
+        num_sequences: int,
+        record: LayerRecord | None = None,
+        counted: Tensor | None = None,
+    ) -> Routing:
         """Route ``[T, H]`` local tokens.
 
         Args:
             hidden_TH: consecutive tokens of the microbatch; rank r of the tensor-parallel group holds the r-th part.
             length: tokens of a sequence.
             num_sequences: sequences of the whole global batch, the normaliser of the losses.
+            record: of this layer, to be filled or repeated.
+            counted: bool for every token of the microbatch, those of other ranks too: whether it counts in
+                ``tokens_per_expert``; None counts all.
         """
         config = self.config
         wide = torch.promote_types(hidden_TH.dtype, torch.float32)
@@ -131,7 +142,8 @@ class Router(nn.Module):
         else:
             logits = linear(hidden_TH.to(wide), self.weight.to(wide))
         with_losses = torch.is_grad_enabled()
-        with_scores = config.force_balance or (with_losses and config.aux_loss_coefficient != 0)
+        repeats = record is not None and record.is_filled
+        with_scores = config.force_balance or repeats or (with_losses and config.aux_loss_coefficient != 0)
         chosen = route(logits, self.e_score_correction_bias, self.options, with_scores)
         routing = Routing(
             chosen.experts_TK, chosen.weights_TK, chosen.ranks_TK, chosen.counts_E, first_row_NE=chosen.first_row_NE
@@ -139,25 +151,34 @@ class Router(nn.Module):
         first = self.group.rank() * hidden_TH.shape[0]
         position = torch.arange(first, first + hidden_TH.shape[0], device=hidden_TH.device)
         if config.force_balance:
-            self._balance(routing, chosen.scores_TE, position)
+            slots = position.unsqueeze(1) * config.top_k + torch.arange(config.top_k, device=position.device)
+            self._force(routing, chosen.scores_TE, slots % config.num_experts)
+        if record is not None and (experts := record.replace(routing.experts_TK, first)) is not None:
+            self._force(routing, chosen.scores_TE, experts)
         if with_losses:
-            self.tokens_per_expert += routing.counts_E
+            self._count(routing, None if counted is None else counted.flatten()[first : first + hidden_TH.shape[0]])
             self._add_losses(routing, logits, chosen.scores_TE, position // length, length, num_sequences)
         if config.capacity_factor is not None:
             self._drop(routing, length)
         return routing
 
-    def _balance(self, routing: Routing, scores: Tensor | None, position: Tensor) -> None:
-        """Put other experts, all in turn, into ``routing``, with the weights that their scores give."""
+    def _force(self, routing: Routing, scores: Tensor | None, experts_TK: Tensor) -> None:
+        """Put other experts into ``routing``, with the weights that their scores give."""
         assert scores is not None
         config = self.config
-        slots = position.unsqueeze(1) * config.top_k + torch.arange(config.top_k, device=position.device)
-        routing.experts_TK = slots % config.num_experts
-        weights = scores.gather(1, routing.experts_TK)
+        routing.experts_TK = experts_TK
+        weights = scores.gather(1, experts_TK)
         if config.normalize_top_k:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         routing.weights_TK = weights * config.routed_scaling_factor
         self._rank(routing)
+
+    def _count(self, routing: Routing, counted_T: Tensor | None) -> None:
+        if counted_T is None:
+            self.tokens_per_expert += routing.counts_E
+        else:
+            slots = counted_T.to(torch.int64).unsqueeze(1).expand_as(routing.experts_TK)
+            self.tokens_per_expert.index_add_(0, routing.experts_TK.flatten(), slots.flatten())
 
     def _add_losses(
         self,

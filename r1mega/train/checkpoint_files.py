@@ -86,7 +86,7 @@ def check(path: Path, config: Config) -> Progress:
 def read_settings(path: Path) -> dict:
     """All settings of the run that wrote checkpoint ``path``. Raises :class:`ConfigError`."""
     settings = _read_small(path, CONFIG_FILE, yaml.safe_load)
-    groups = [field.name for field in fields(Config)]
+    groups = [field.name for field in fields(Config) if field.name != "rl"]  # checkpoints from before it have none
     if not isinstance(settings, dict) or not all(isinstance(settings.get(name), dict) for name in groups):
         raise ConfigError(f"checkpoint {path} is cut short: {CONFIG_FILE} does not hold {', '.join(groups)}")
     return settings
@@ -101,7 +101,10 @@ def read_progress(path: Path) -> Progress:
 
 
 # Settings of which a run cannot have two: they decide the shapes, the loss, or which samples a step sees.
-FIXED_SETTINGS = ("model", "data.sequence_length", "train.seed", "train.global_batch_size")
+FIXED_SETTINGS = (
+    "model", "data.sequence_length", "train.seed", "train.global_batch_size",
+    "rl.prompts", "rl.template", "rl.group_size", "rl.minibatches",
+)  # fmt: skip
 FREE_SETTINGS = ("model.checkpoint",)
 
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,17 +13,16 @@ from r1mega.config import Config
 from r1mega.data.check import check_data
 from r1mega.kernels import cuda, native
 from r1mega.model.huggingface import resolve_model_config
-from r1mega.parallel_state import Layout, ParallelState
-from r1mega.settings import is_first_rank, world_size_from_environment
-from r1mega.train.checkpoint import CheckpointError
+from r1mega.parallel_state import ParallelState
+from r1mega.settings import world_size_from_environment
 from r1mega.train.metrics import METRICS_FILE, MetricsWriter, plot_expert_load, plot_loss, read_metrics
-from r1mega.train.process_group import Peers, start_process_group
+from r1mega.train.program import run_program
 from r1mega.train.progress import ProgressPrinter
-from r1mega.train.run_folder import LOAD_PICTURE, LOSS_PICTURE, lock_folder, prepare_folder
+from r1mega.train.run_folder import LOAD_PICTURE, LOSS_PICTURE
 from r1mega.train.sampling import sample_text
 from r1mega.train.schedule import check_pipeline
 from r1mega.train.summary import summary
-from r1mega.train.trainer import Trainer, TrainingError
+from r1mega.train.trainer import Trainer
 
 
 def pretrain(config: Config) -> int:
@@ -36,58 +31,7 @@ def pretrain(config: Config) -> int:
     Raises:
         ConfigError: a setting or a file does not fit. Nearly all are found before a process group is made.
     """
-    config = check_settings(config)
-    if not is_first_rank():
-        return _train(config, None)
-    with lock_folder(config):
-        return _train(config, prepare_folder(config))
-
-
-def _train(config: Config, checkpoint: Path | None) -> int:
-    """Start the process group and run; ``checkpoint`` is rank 0's finding, for all."""
-    device = start_process_group()
-    peers = Peers()
-    try:
-        state = ParallelState(Layout.from_config(config.parallel, dist.get_world_size()), device)
-        with _quiet_threads():
-            run(config, state, _from_first_rank(checkpoint))
-        status = 0
-    except (CheckpointError, TrainingError) as error:
-        status = 1
-        if state.rank == 0:
-            print(f"r1mega: error: {error}", file=sys.stderr, flush=True)
-        # torchrun kills the job when the first process ends, which must not be before rank 0 has spoken.
-        dist.barrier()
-    except (OSError, RuntimeError) as error:
-        # A file that cannot be written is this rank's alone: the others see it as a peer that was lost.
-        cause = _file_error(error) if isinstance(error, OSError) else peers.explain(error)
-        if cause is None:
-            raise
-        print(f"r1mega: error: rank {dist.get_rank()} stops: {cause}", file=sys.stderr, flush=True)
-        # Threads that wait for the lost peer would keep an ordinary exit waiting.
-        os._exit(1)
-    dist.destroy_process_group()
-    return status
-
-
-@contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """No traceback of a background thread that cannot write its file: TensorBoard's raises again where it is used."""
-    usual = threading.excepthook
-
-    def hook(failure: threading.ExceptHookArgs) -> None:
-        if not issubclass(failure.exc_type, OSError):
-            usual(failure)
-
-    threading.excepthook = hook
-    try:
-        yield
-    finally:
-        threading.excepthook = usual
-
-
-def _file_error(error: OSError) -> str:
-    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    return run_program(check_settings(config), run)
 
 
 def check_settings(config: Config) -> Config:
@@ -150,20 +94,13 @@ def _announce(trainer: Trainer, printer: ProgressPrinter) -> None:
         printer.message(f"r1mega: Triton's or PyTorch's routing instead of CUDA kernels: {cuda.reason}")
 
 
-def _from_first_rank(checkpoint: Path | None) -> Path | None:
-    """What rank 0 has found, on every rank."""
-    found = [checkpoint]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
 def _sample(trainer: Trainer) -> str | None:
     config = trainer.config
     if config.train.sample_prompt is None or trainer.tokenizer is None:
         return None
     return sample_text(
-        trainer.stages,
-        trainer.executor.table,
+        trainer.learner.stages,
+        trainer.learner.table,
         trainer.state,
         trainer.tokenizer,
         config.train.sample_prompt,

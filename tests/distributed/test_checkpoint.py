@@ -28,7 +28,7 @@ from r1mega.train.checkpoint_files import (
     read_tensors,
     remove_stale,
 )
-from r1mega.train.trainer import training_tensors
+from r1mega.train.learner import training_tensors
 from tests.distributed.toy_model import backward, build, whole_tensor
 
 CONFIG = Config(train=TrainConfig(keep_checkpoints=2))

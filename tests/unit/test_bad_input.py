@@ -23,7 +23,7 @@ from r1mega.data.prepare import prepare
 from r1mega.model.huggingface_files import read_entries
 from r1mega.settings import dump_config, parse_config
 from r1mega.train.checkpoint_files import read_progress
-from r1mega.train.pretrain import _file_error
+from r1mega.train.program import _file_error
 from r1mega.train.run_folder import lock_folder, prepare_folder
 
 MOE = ["--model.moe.num_experts=4"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,8 @@ from r1mega.rl.prompts import Prompt, apply_template, prompt_index, read_prompts
 from r1mega.rl.rollout.engine import Completion, Request, RolloutEngine, Sampling
 from r1mega.rl.samples import Sample
 
-ROUND = 1 << 40  # keys of a round of dynamic sampling are this far from those of the round before
+WAIT_SECONDS = 60.0  # ranks that wait for rewards hear from the others so often, which no timeout takes for a loss
+ROUND = 1 << 40  # places in the run of a round of dynamic sampling are this far from those of the round before
 
 
 @dataclass
@@ -56,7 +57,6 @@ class Experience:
         state: the layout's groups. The first rank of each model replica (``tp_pp``) computes its rewards.
         engine: what generates.
         tokenizer: of the model.
-        reward_names: rewards to compute; None for those of the run.
     """
 
     def __init__(self, config: Config, state: ParallelState, engine: RolloutEngine, tokenizer: Tokenizer) -> None:
@@ -75,9 +75,8 @@ class Experience:
         groups: dict[int, Group] = {}
         wanted = list(mine)
         for attempt in range(rl.dynamic_sampling + 1):
-            ahead = attempt * self._prompts_of_the_run()
-            prompts = [self._prompt(ahead + first + place) for place in wanted]
             keys = [attempt * ROUND + first + place for place in wanted]
+            prompts = [self._prompt(key) for key in keys]
             sampling = self._sampling(rl.temperature, rl.top_p)
             found = self.generate(prompts, keys, rl.group_size, sampling)
             groups |= {place: _with_place(group, place) for place, group in zip(wanted, found, strict=True)}
@@ -105,6 +104,7 @@ class Experience:
                 futures[completion.key, completion.sample] = self.pool.submit(sample)
 
         completions = self.engine.generate(requests, sampling, submit)
+        self._wait_for(futures.values())
         scores = [futures[c.key, c.sample].result() for c in completions] if self.pool is not None else []
         totals = self._share([score.total for score in scores], len(completions))
         groups = []
@@ -168,6 +168,11 @@ class Experience:
             group.advantages = found.advantages[i].tolist()
             group.std, group.is_flat = float(found.std[i]), bool(found.flat[i])
 
+    def _wait_for(self, futures: Collection[Future[rewards.Scores]]) -> None:
+        """Until all ranks have their rewards, which may take longer than a message is waited for."""
+        while self._anywhere(bool(wait(futures, timeout=WAIT_SECONDS).not_done)):
+            pass
+
     def _share(self, totals: list[float], count: int) -> list[float]:
         """The leader's rewards on all ranks of its model replica."""
         if self.state.size("tp_pp") == 1:
@@ -175,9 +180,6 @@ class Experience:
         values = torch.tensor(totals if totals else [0.0] * count, dtype=torch.float64, device=self.state.device)
         dist.broadcast(values, src=self.state.ranks("tp_pp")[0], group=self.state.group("tp_pp"))
         return values.tolist()
-
-    def _prompts_of_the_run(self) -> int:
-        return self.config.train.num_steps // self.config.rl.minibatches * num_prompts(self.config)
 
     def _anywhere(self, value: bool) -> bool:
         flag = torch.tensor([int(value)], device=self.state.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from r1mega.config import Config, ConfigError, require
@@ -11,7 +12,7 @@ from r1mega.kernels import native
 from r1mega.model.huggingface import resolve_model_config
 from r1mega.parallel_state import Layout, ParallelState
 from r1mega.rl.completions import drop_after, write_completions
-from r1mega.rl.evaluator import Evaluator, keep_evaluation, read_evaluations
+from r1mega.rl.evaluator import Evaluator, drop_evaluations, keep_evaluation, read_evaluations
 from r1mega.rl.experience import Experience, Group, num_prompts, reward_options
 from r1mega.rl.prompts import apply_template, read_prompts
 from r1mega.rl.rewards import check_rewards
@@ -118,18 +119,29 @@ def _check_prompts(name: str, path: str, config: Config, tokenizer: Tokenizer, n
     longest = config.rl.max_prompt_tokens
     for prompt in read_prompts([path], needs, name):
         length = len(tokenizer.encode(apply_template(config.rl.template, prompt.prompt), bos=True))
+        if length == 0:
+            raise ConfigError(f"{name}={path}: data.tokenizer makes no token of the prompt {prompt.prompt[:40]!r}")
         what_fits = f"must be at least {length}, the tokens of a prompt of {name} ({prompt.prompt[:40]!r}...)"
         require(length <= longest, "rl.max_prompt_tokens", longest, what_fits)
 
 
 def run(config: Config, state: ParallelState, checkpoint: Path | None) -> None:
     """Train to the last step, then report. A collective call."""
-    folder = Path(config.train.output_dir)
     trainer = GrpoTrainer(config, state, checkpoint)
+    try:
+        _train(trainer)
+    finally:  # the threads of the pool would keep a failed run waiting for rewards that nobody wants
+        trainer.experience.close()
+
+
+def _train(trainer: GrpoTrainer) -> None:
+    config, state = trainer.config, trainer.state
+    folder = Path(config.train.output_dir)
     evaluator = Evaluator(config, trainer.experience) if config.rl.eval_prompts is not None else None
     printer = ProgressPrinter(config.train.num_steps, fields=FIELDS, steps_per_line=config.rl.minibatches)
     if state.rank == 0:
         drop_after(folder, trainer.progress.step)
+        drop_evaluations(folder, trainer.progress.step)
         writer = MetricsWriter(folder, trainer.progress.step)
         _announce(trainer, printer)
     if evaluator is not None and trainer.progress.step == 0:
@@ -144,6 +156,7 @@ def run(config: Config, state: ParallelState, checkpoint: Path | None) -> None:
         if state.rank == 0:
             writer.write(metrics)
             printer.step(metrics)
+            _warn_of_failures(step, metrics, groups, printer)
             if _is_due(config.rl.show_interval, first, step, config, at_end=False):
                 _show(step, groups, trainer.experience, printer)
         if evaluator is not None and _is_due(config.rl.eval_interval, first, step, config):
@@ -152,7 +165,7 @@ def run(config: Config, state: ParallelState, checkpoint: Path | None) -> None:
             if state.rank == 0:
                 writer.sync()
             trainer.save()
-    trainer.close()
+    trainer.finish()
     if state.rank == 0:
         writer.close()
         _report(config, folder)
@@ -217,13 +230,32 @@ def describe(record: dict) -> str:
     return ", ".join([*parts, f"{record['response_length']:.1f} tokens"])
 
 
+def _warn_of_failures(
+    step: int, metrics: Mapping[str, int | float], groups: Sequence[Group], printer: ProgressPrinter
+) -> None:
+    """Rewards that failed count as 0, which must not go unseen."""
+    prefix = "reward_failures/"
+    for name, count in metrics.items():
+        if name.startswith(prefix) and count:
+            reward = name.removeprefix(prefix)
+            found = (score.failures[reward] for g in groups for score in g.scores if reward in score.failures)
+            why = next(found, "on another rank; see completions")
+            printer.message(f"  step {step}: reward {reward} failed {count:.0f} times and counted as 0: {_plain(why)}")
+
+
 def _show(step: int, groups: list[Group], experience: Experience, printer: ProgressPrinter) -> None:
     """A few completions of the rollout, with what they were rewarded."""
     for group in groups[:SHOWN]:
         text = experience.decode(group.completions[0])
         rewards = " ".join(f"{name}={value:g}" for name, value in group.scores[0].by_name.items())
-        shown = " ".join(f"{group.prompt.prompt}{text}".split())[:SHOWN_CHARACTERS]
+        shown = _plain(f"{group.prompt.prompt}{text}")
         printer.message(f"  sample of step {step}: {shown}  [{rewards}, reference {group.prompt.reference}]")
+
+
+def _plain(text: str) -> str:
+    """One line, without what a terminal would take for a command."""
+    line = " ".join(text.split())[:SHOWN_CHARACTERS]
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
 
 
 def _report(config: Config, folder: Path) -> None:

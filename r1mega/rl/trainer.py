@@ -13,9 +13,10 @@ from torch import Tensor
 from r1mega.config import Config
 from r1mega.data.batch import Batch
 from r1mega.data.tokenizer import Tokenizer
+from r1mega.model.blocks import place_blocks
 from r1mega.moe.balance import max_over_mean, router_names
+from r1mega.moe.replay import ReplayError
 from r1mega.parallel_state import ParallelState
-from r1mega.pipeline.actions import Kind
 from r1mega.rl.critic import PPOHead, ValueHead, add_advantages
 from r1mega.rl.experience import Experience, Group
 from r1mega.rl.loss_metrics import merge_metrics
@@ -23,7 +24,7 @@ from r1mega.rl.measures import Measures, of_groups
 from r1mega.rl.microbatches import Form, Head, LogProbHead, Microbatch, ObjectiveHead
 from r1mega.rl.reference import Reference
 from r1mega.rl.rollout.build import build_engine
-from r1mega.rl.samples import Sample, exchange, random_order
+from r1mega.rl.samples import Sample, exchange, random_order, share_experts
 from r1mega.tensor_parallel.layers import Linear
 from r1mega.train.checkpoint import Checkpointer, Progress
 from r1mega.train.learner import Learner
@@ -59,7 +60,8 @@ class GrpoTrainer:
         heads = [getattr(stage, "value_head", None) for stage in self.learner.stages.values()]
         self._value_head: Linear | None = next((head for head in heads if head is not None), None)
         self._router_names = router_names(config.model)
-        self._moe_layers = self._layers_of_microbatches()
+        self._layers_by_rank = self._layers_of_microbatches()
+        self._moe_layers = self._layers_by_rank[state.rank_in("pp")]
 
     def step(self) -> tuple[dict[str, int | float], list[Group]]:
         """One rollout and its optimizer steps.
@@ -94,9 +96,8 @@ class GrpoTrainer:
         kept = {} if self.reference is None else self.reference.tensors()
         self.checkpointer.save(self.progress, self.learner.tensors() | kept)
 
-    def close(self) -> None:
-        """Wait for the last checkpoint and end the reward workers."""
-        self.experience.close()
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Raises :class:`CheckpointError` where it failed."""
         self.checkpointer.finish()
 
     def _minibatches(self, rollout: int, groups: Sequence[Group]) -> list[list[Sample]]:
@@ -112,7 +113,30 @@ class GrpoTrainer:
         found: list[list[Sample]] = [[] for _ in range(rl.minibatches)]
         for sample in exchange(mine, owners, self.state.group("dp")):
             found[place[sample.index] // batch].append(sample)
-        return [sorted(part, key=lambda sample: (sample.num_inputs, sample.index)) for part in found]
+        found = [sorted(part, key=lambda sample: (sample.num_inputs, sample.index)) for part in found]
+        if rl.routing_replay:
+            self._require_recorded(mine)
+            if self.learner.table.num_copies > 1:
+                self._share_experts(found)
+        return found
+
+    def _require_recorded(self, samples: Sequence[Sample]) -> None:
+        """The rollout has recorded the layers of this rank, no fewer and no more."""
+        expected = sorted(self._moe_layers[0])  # it runs on the first copy of the model, as microbatch 0 does
+        for sample in samples:
+            if sorted(sample.experts) != expected:
+                raise ReplayError(
+                    f"completion {sample.index}: the rollout recorded expert choices of layers "
+                    f"{sorted(sample.experts)}, not of {expected}"
+                )
+
+    def _share_experts(self, minibatches: Sequence[Sequence[Sample]]) -> None:
+        """The rollout runs on the first copy of the model: the ranks of the others get its choices of experts."""
+        size = self.config.train.microbatch_size
+        recorded = {layer: rank for rank, rows in enumerate(self._layers_by_rank) for layer in rows[0]}
+        for samples in minibatches:
+            wanted = [[rows[number // size] for number in range(len(samples))] for rows in self._layers_by_rank]
+            share_experts(samples, wanted, recorded, self.config.model.moe.top_k, self.state.group("pp"))
 
     def _microbatches(self, samples: Sequence[Sample]) -> list[Microbatch]:
         size = self.config.train.microbatch_size
@@ -191,7 +215,8 @@ class GrpoTrainer:
         loads = self.learner.update_router_bias()
         if state.rank_in("tp_dp_cp") == 0:
             for name, load in loads.items():
-                measures.add(f"expert_load/{name}", float(max_over_mean(load)))
+                if load.any():  # layers of multi-token prediction have nothing to do in RL
+                    measures.add(f"expert_load/{name}", float(max_over_mean(load)))
         if state.rank_in("tp_pp") == 0:
             measures.total("tokens", sum(sample.num_inputs for sample in samples))
         if self.reference is not None and rl.reference_interval and number % rl.reference_interval == 0:
@@ -215,14 +240,17 @@ class GrpoTrainer:
             if batch.experts is not None:
                 batch.experts.require_used(self._moe_layers[number])
 
-    def _layers_of_microbatches(self) -> list[list[int]]:
-        """The MoE layers of this rank that each microbatch of a step goes through (not all in a bidirectional pipe)."""
-        table, config = self.learner.table, self.config.model
-        found: list[list[int]] = [[] for _ in range(table.num_microbatches)]
-        for action in table.actions(self.state.rank_in("pp")):
-            if action.kind is Kind.F:
-                layers = map(int, dict(self.learner.stages[action.stage].get_submodule("layers").named_children()))
-                found[action.microbatch] += [layer for layer in layers if config.is_moe_layer(layer)]
+    def _layers_of_microbatches(self) -> list[list[list[int]]]:
+        """The MoE layers of each pipeline rank that each microbatch of a step goes through: with two copies of the
+        model not all of them."""
+        table, config = self.learner.table, self.config
+        placed = place_blocks(config.model, config.parallel, config.data.sequence_length, table.stages_per_copy)
+        moe = [[block.index for block in stage if block.kind == "t"] for stage in placed]
+        moe = [list(filter(config.model.is_moe_layer, layers)) for layers in moe]
+        found: list[list[list[int]]] = [[[] for _ in range(table.num_microbatches)] for _ in range(table.num_ranks)]
+        for stage, rank in enumerate(table.stage_to_rank):
+            for microbatch in table.microbatches_of(stage):
+                found[rank][microbatch] += moe[stage % table.stages_per_copy]
         return found
 
     def _failed_checkpoint(self) -> bool:

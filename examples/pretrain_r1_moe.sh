@@ -21,25 +21,24 @@ exec "$python" -u "$file" "$@"
 : << '# end of the Python part'
 '''
 import fcntl
-import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data/default"
 sys.path.insert(0, str(ROOT))
 
 from r1mega.cli import main, report
-from r1mega.config import Config, ConfigError, ParallelConfig
+from r1mega.config import Config, ConfigError
 from r1mega.data.check import check_data
+from r1mega.launch import become_torchrun, number_of_processes, with_usual_layout
 from r1mega.settings import parse_config
 from r1mega.train.schedule import check_pipeline
 
 USUAL_PROCESSES = 4
-GIVES_LAYOUT = re.compile(r"--(config|parallel\.(tp|pp|cp|ep|etp))(=|$)")
 
 
 def settings(arguments: list[str]) -> list[str]:
@@ -64,21 +63,11 @@ def prepare_data(config: Config) -> None:
                 raise ConfigError(f"data.train={DATA / 'train'}: could not be prepared; see above")
 
 
-def number_of_processes(parallel: ParallelConfig) -> int:
-    """NPROC if it is set, else the usual 4 where the layout divides it, else the fewest that the layout needs."""
-    if os.environ.get("NPROC", "").isdecimal():
-        return int(os.environ["NPROC"])
-    stage = math.lcm(max(1, parallel.tp * parallel.cp), max(1, parallel.ep * parallel.etp))
-    needed = stage * max(1, parallel.pp)
-    return USUAL_PROCESSES if USUAL_PROCESSES % needed == 0 else needed
-
-
-def launch(arguments: list[str]) -> int:
+def launch(arguments: list[str]) -> NoReturn:
     """Check the settings, then become torchrun, which runs this file once a process."""
-    layout_given = any(GIVES_LAYOUT.match(argument) for argument in arguments) or "NPROC" in os.environ
-    arguments = arguments if layout_given else ["--parallel.pp=2", "--parallel.ep=2", *arguments]
+    arguments = with_usual_layout(arguments, ["--parallel.pp=2", "--parallel.ep=2"])
     config = parse_config(settings(arguments))
-    processes = number_of_processes(config.parallel)
+    processes = number_of_processes(config.parallel, USUAL_PROCESSES)
     config.validate(processes)
     check_pipeline(config, processes)
     prepare_data(config)
@@ -87,10 +76,7 @@ def launch(arguments: list[str]) -> int:
         from r1mega.train.run_folder import check_folder  # imports torch, so only where there may be something to find
 
         check_folder(config)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [*torchrun, __file__, *arguments])
+    become_torchrun(__file__, arguments, processes)
 
 
 def run() -> int:
@@ -100,7 +86,7 @@ def run() -> int:
         return main(["pretrain", "--help"])
     try:
         if "RANK" not in os.environ:
-            return launch(arguments)
+            launch(arguments)
         config = parse_config(settings(arguments))
         config.validate(int(os.environ["WORLD_SIZE"]))
         prepare_data(config)

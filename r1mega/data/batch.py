@@ -24,6 +24,7 @@ class Batch:
         packed: lengths of the sequences that stand one behind the other in a row; None where a row is one sequence.
         counted: ``[b, s]`` bool, the tokens that are no padding, where the load of the experts is to leave it out.
         experts: choices of experts to keep or to repeat (``r1mega.moe.replay.ExpertRecord``).
+        cache: a step of generation, ``r1mega.model.cache.PromptStep`` or ``DecodeStep``; None in training.
         head: what the last stage does with the normalised hidden states in place of the prediction of labels:
             ``head(hidden [tokens / tp, H], lm_head, group) -> StageOutput``.
     """
@@ -36,6 +37,7 @@ class Batch:
     packed: list[int] | None = None
     counted: Tensor | None = None
     experts: Any = None
+    cache: Any = None
     head: Callable[..., Any] | None = None
 
     def to(self, device: torch.device | str) -> Batch:

@@ -14,7 +14,7 @@ Shapes: C rows of a tile, K of them whose gradient is wanted, V this rank's part
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from r1mega.kernels import native, triton
 
-# Rows of a bfloat16 weight that a CPU multiplies as float32 at a time.
-BLOCK_ROWS = 4096
+# Rows at a time: of a bfloat16 weight that a CPU multiplies as float32; of a tile that PyTorch's operations pass over.
+WEIGHT_ROWS, TILE_ROWS = 4096, 32
 
 
 @dataclass
@@ -49,10 +49,12 @@ class RowGradients:
     def not_zero(self) -> RowGradients:
         """Of all rows those whose gradient is not exactly zero (not a number counts). A GPU's host waits for them."""
         rows_K = ((self.of_log_prob_K != 0) | (self.of_entropy_K != 0)).nonzero().squeeze(1)
-        if len(rows_K) == len(self.targets_K):
-            return self
+        return self if len(rows_K) == len(self.targets_K) else replace(self.chosen(rows_K), rows_K=rows_K)
+
+    def chosen(self, which: Tensor | slice) -> RowGradients:
+        """Some of them."""
         vectors = self.targets_K, self.lse_K, self.entropy_K, self.of_log_prob_K, self.of_entropy_K
-        return RowGradients(rows_K, *(vector[rows_K] for vector in vectors))
+        return RowGradients(None if self.rows_K is None else self.rows_K[which], *(v[which] for v in vectors))
 
 
 def statistics(logits_CV: Tensor, targets_C: Tensor, scale: float) -> Tensor:
@@ -69,11 +71,12 @@ def statistics(logits_CV: Tensor, targets_C: Tensor, scale: float) -> Tensor:
         return found
     if triton.takes(logits_CV):
         return _triton().statistics(logits_CV, targets_C, scale)
-    return reference_statistics(logits_CV, targets_C, scale)
+    parts = zip(logits_CV.split(TILE_ROWS), targets_C.split(TILE_ROWS), strict=True)
+    return torch.cat([reference_statistics(*part, scale) for part in parts])
 
 
 def reference_statistics(logits_CV: Tensor, targets_C: Tensor, scale: float) -> Tensor:
-    """:func:`statistics` in PyTorch's operations; needs two more tiles."""
+    """:func:`statistics` in PyTorch's operations, which need two more tiles."""
     shifted = logits_CV * scale
     target = shifted.gather(1, targets_C.clamp(min=0).unsqueeze(1)).squeeze(1).masked_fill_(targets_C < 0, 0)
     greatest = shifted.amax(1)
@@ -115,13 +118,20 @@ def gradient(logits_CV: Tensor, rows: RowGradients, scale: float, dtype: torch.d
         out_KV = logits_CV if in_place else logits_CV.new_empty(num_rows, logits_CV.shape[1], dtype=dtype)
         _triton().gradient(logits_CV, rows.rows_K, rows.targets_K, *vectors, scale, out_KV)
         return out_KV
-    return reference_gradient(logits_CV, rows, scale).to(dtype)
+    out_KV = logits_CV[:num_rows]  # a wanted row is not above its place in the result
+    if dtype != logits_CV.dtype:
+        out_KV = torch.empty_like(out_KV, dtype=dtype)
+    for start in range(0, num_rows, TILE_ROWS):
+        here = slice(start, start + TILE_ROWS)
+        part = rows.chosen(here)
+        logits_KV = logits_CV[here] if part.rows_K is None else logits_CV[part.rows_K]
+        out_KV[here] = reference_gradient(logits_KV, part, scale)
+    return out_KV
 
 
-def reference_gradient(logits_CV: Tensor, rows: RowGradients, scale: float) -> Tensor:
-    """:func:`gradient` in PyTorch's operations; needs one more tile, and another one if only some rows are wanted."""
-    wanted = logits_CV if rows.rows_K is None else logits_CV.index_select(0, rows.rows_K)
-    logs = wanted.mul_(scale).sub_(rows.lse_K.unsqueeze(1))
+def reference_gradient(logits_KV: Tensor, rows: RowGradients, scale: float) -> Tensor:
+    """:func:`gradient` in PyTorch's operations, which need two more tiles; of logits that are all wanted."""
+    logs = (logits_KV * scale).sub_(rows.lse_K.unsqueeze(1))
     powers = logs.exp()
     logs.add_(rows.entropy_K.unsqueeze(1)).mul_(-scale * rows.of_entropy_K.unsqueeze(1))
     logs.sub_(scale * rows.of_log_prob_K.unsqueeze(1)).mul_(powers)
@@ -168,8 +178,8 @@ def add_weight_gradient(total_VH: Tensor | None, grad_KV: Tensor, hidden_KH: Ten
 
 
 def _wide_blocks(weight_VH: Tensor, wide: torch.dtype):
-    for start in range(0, weight_VH.shape[0], BLOCK_ROWS):
-        yield start, weight_VH[start : start + BLOCK_ROWS].to(wide)
+    for start in range(0, weight_VH.shape[0], WEIGHT_ROWS):
+        yield start, weight_VH[start : start + WEIGHT_ROWS].to(wide)
 
 
 def _triton() -> ModuleType:

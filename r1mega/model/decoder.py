@@ -32,7 +32,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         hidden, self.index = config.hidden_size, layer
         self.input_layernorm = RMSNorm(hidden, config.norm_eps, dtype, device)
-        self.self_attn = build_attention(config, state, dtype, device)
+        self.self_attn = build_attention(config, layer, state, dtype, device)
         self.post_attention_layernorm = RMSNorm(hidden, config.norm_eps, dtype, device)
         self.mlp: MoELayer | FeedForward
         if config.is_moe_layer(layer):

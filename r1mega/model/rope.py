@@ -76,8 +76,17 @@ class RotaryTable:
         self.config, self.dim = config, dim
         self._kept: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each ``[length, dim / 2]`` in ``dtype``. The angles are computed in float32."""
+    def __call__(
+        self, length: int, dtype: torch.dtype, device: torch.device, packed: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, each ``[length, dim / 2]`` in ``dtype``. The angles are computed in float32.
+
+        Positions begin anew with each of the ``packed`` sequences: only how far apart two tokens are counts, but angles
+        are rounded.
+        """
+        if packed is not None:
+            cos, sin = self(max(packed), dtype, device)
+            return torch.cat([cos[:part] for part in packed]), torch.cat([sin[:part] for part in packed])
         kept = self._kept.get((dtype, device))
         if kept is None or kept[0].shape[0] < length:
             angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse_frequencies(self.config, self.dim))

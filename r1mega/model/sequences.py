@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from r1mega.model.cache import DecodeStep, PromptStep
 from r1mega.moe.replay import ExpertRecord
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Sequences:
         packed: lengths of the sequences that stand one behind the other in a row; None where a row is one sequence.
         counted: ``[b, s]`` bool, the tokens that count in the load of the experts (no padding); None counts all.
         experts: choices of experts to keep or to repeat.
+        cache: where generation keeps what attention needs of a token; None in training.
     """
 
     length: int
@@ -30,8 +32,9 @@ class Sequences:
     packed: list[int] | None = None
     counted: Tensor | None = None
     experts: ExpertRecord | None = None
+    cache: PromptStep | DecodeStep | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> Sequences:
         """Those of ``batch``."""
-        return cls(batch.tokens.shape[1], batch.num_sequences, batch.packed, batch.counted, batch.experts)
+        return cls(batch.tokens.shape[1], batch.num_sequences, batch.packed, batch.counted, batch.experts, batch.cache)

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from r1mega.config import Config
 from r1mega.files import write_whole
-from r1mega.rl.evaluation import consensus, extract_answer, reflection_words
+from r1mega.rl.evaluation import cons_at_k, mean_length, pass_at_1, reflection_words
 from r1mega.rl.experience import Experience, Group
-from r1mega.rl.prompts import PromptSet
+from r1mega.rl.prompts import read_prompts
+from r1mega.rl.rewards.answers import extract_answer
 from r1mega.rl.rollout.engine import Sampling
 from r1mega.train.metrics import read_metrics
 
@@ -22,15 +23,14 @@ KEYS = 1 << 50  # far from those of training, and the same in each evaluation: d
 
 @dataclass
 class Outcome:
-    """What the samples of one prompt were."""
+    """What the samples of the prompt at ``place`` were, and whether the greedy completion was right."""
 
     place: int
-    correct: list[float]
-    consensus: bool
-    greedy: float
+    texts: list[str]
+    correct: list[bool]
+    greedy: bool
     formatted: list[float]
     lengths: list[int]
-    reflection_words: list[int]
 
 
 class Evaluator:
@@ -43,7 +43,7 @@ class Evaluator:
 
     def __init__(self, config: Config, experience: Experience) -> None:
         self.config, self.experience, self.state = config, experience, experience.state
-        self.prompts = PromptSet.load(str(config.rl.eval_prompts), config.train.seed)
+        self.prompts = read_prompts([str(config.rl.eval_prompts)])
 
     def evaluate(self, step: int) -> dict[str, int | float]:
         """A record of the policy as it is, the same on every rank. A collective call."""
@@ -66,31 +66,30 @@ class Evaluator:
 
     def _outcome(self, place: int, group: Group, greedy: Group) -> Outcome:
         name = self.config.rl.reward.correct
-        texts = [self.experience.decode(completion) for completion in group.completions]
-        correct = [float(score.by_name[name] == 1.0) for score in group.scores]
         return Outcome(
             place,
-            correct,
-            consensus([extract_answer(text) for text in texts], correct),
-            float(greedy.scores[0].by_name[name] == 1.0),
+            [self.experience.decode(completion) for completion in group.completions],
+            [score.by_name[name] == 1.0 for score in group.scores],
+            greedy.scores[0].by_name[name] == 1.0,
             [score.by_name["format"] for score in group.scores if "format" in score.by_name],
             [len(completion.tokens) for completion in group.completions],
-            [reflection_words(text) for text in texts],
         )
 
     def _record(self, step: int, outcomes: list[Outcome]) -> dict[str, int | float]:
+        correct = [outcome.correct for outcome in outcomes]
+        answers = [[extract_answer(text) for text in outcome.texts] for outcome in outcomes]
         record: dict[str, int | float] = {
             "step": step,
             "prompts": len(outcomes),
             "samples": self.config.rl.eval_samples,
-            "pass@1": _mean([value for outcome in outcomes for value in outcome.correct]),
-            f"cons@{self.config.rl.eval_samples}": _mean([outcome.consensus for outcome in outcomes]),
-            "greedy": _mean([outcome.greedy for outcome in outcomes]),
-            "response_length": _mean([value for outcome in outcomes for value in outcome.lengths]),
-            "reflection_words": _mean([value for outcome in outcomes for value in outcome.reflection_words]),
+            "pass@1": pass_at_1(correct),
+            f"cons@{self.config.rl.eval_samples}": cons_at_k(answers, correct),
+            "greedy": sum(outcome.greedy for outcome in outcomes) / len(outcomes),
+            "response_length": mean_length([length for outcome in outcomes for length in outcome.lengths]),
+            "reflection_words": reflection_words([text for outcome in outcomes for text in outcome.texts]),
         }
-        if any(outcome.formatted for outcome in outcomes):
-            record["format"] = _mean([value for outcome in outcomes for value in outcome.formatted])
+        if formatted := [value for outcome in outcomes for value in outcome.formatted]:
+            record["format"] = sum(formatted) / len(formatted)
         return record
 
 
@@ -103,7 +102,3 @@ def keep_evaluation(folder: Path, record: dict[str, int | float]) -> None:
     """Add a record to the run's, in place of what it had for this step and those after it."""
     kept = [line for line in read_evaluations(folder) if line["step"] < record["step"]]
     write_whole(folder / EVALUATIONS_FILE, "".join(json.dumps(line) + "\n" for line in [*kept, record]))
-
-
-def _mean(values: list) -> float:
-    return sum(values) / len(values) if values else 0.0

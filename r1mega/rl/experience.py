@@ -14,7 +14,7 @@ from r1mega.data.tokenizer import Tokenizer
 from r1mega.parallel_state import ParallelState
 from r1mega.rl import rewards
 from r1mega.rl.advantages import group_advantages
-from r1mega.rl.prompts import Prompt, PromptSet
+from r1mega.rl.prompts import Prompt, apply_template, prompt_index, read_prompts
 from r1mega.rl.rollout.engine import Completion, Request, RolloutEngine, Sampling
 from r1mega.rl.samples import Sample
 
@@ -61,7 +61,7 @@ class Experience:
 
     def __init__(self, config: Config, state: ParallelState, engine: RolloutEngine, tokenizer: Tokenizer) -> None:
         self.config, self.state, self.engine, self.tokenizer = config, state, engine, tokenizer
-        self.prompts = PromptSet.load(str(config.rl.prompts), config.train.seed)
+        self.prompts = read_prompts([str(config.rl.prompts)])
         self.is_leader = state.rank_in("tp_pp") == 0
         self.pool = None
         if self.is_leader:
@@ -76,7 +76,7 @@ class Experience:
         wanted = list(mine)
         for attempt in range(rl.dynamic_sampling + 1):
             ahead = attempt * self._prompts_of_the_run()
-            prompts = [self.prompts.at(ahead + first + place) for place in wanted]
+            prompts = [self._prompt(ahead + first + place) for place in wanted]
             keys = [attempt * ROUND + first + place for place in wanted]
             sampling = self._sampling(rl.temperature, rl.top_p)
             found = self.generate(prompts, keys, rl.group_size, sampling)
@@ -91,7 +91,7 @@ class Experience:
         self, prompts: Sequence[Prompt], keys: Sequence[int], num_samples: int, sampling: Sampling
     ) -> list[Group]:
         """Completions and their rewards; no advantages yet. A collective call."""
-        texts = [self.prompts.text(prompt, self.config.rl.template) for prompt in prompts]
+        texts = [apply_template(self.config.rl.template, prompt.prompt) for prompt in prompts]
         requests = [
             Request(self.tokenizer.encode(text, bos=True), key, num_samples)
             for text, key in zip(texts, keys, strict=True)
@@ -145,6 +145,10 @@ class Experience:
         """The text of a completion, without its end-of-document token."""
         tokens = completion.tokens[:-1] if completion.finished else completion.tokens
         return self.tokenizer.decode(tokens)
+
+    def _prompt(self, place: int) -> Prompt:
+        """That of ``place`` in the run."""
+        return self.prompts[prompt_index(self.config.train.seed, place, len(self.prompts))]
 
     def _sampling(self, temperature: float, top_p: float = 1.0) -> Sampling:
         rl = self.config.rl

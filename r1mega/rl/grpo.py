@@ -13,7 +13,7 @@ from r1mega.parallel_state import Layout, ParallelState
 from r1mega.rl.completions import drop_after, write_completions
 from r1mega.rl.evaluator import Evaluator, keep_evaluation, read_evaluations
 from r1mega.rl.experience import Experience, Group, num_prompts, reward_options
-from r1mega.rl.prompts import PromptSet
+from r1mega.rl.prompts import apply_template, read_prompts
 from r1mega.rl.rewards import check_rewards
 from r1mega.rl.trainer import GrpoTrainer
 from r1mega.settings import world_size_from_environment
@@ -109,9 +109,16 @@ def _check_files(config: Config) -> None:
     check_rewards(options)
     for name, path in (("rl.prompts", rl.prompts), ("rl.eval_prompts", rl.eval_prompts)):
         if path is not None:
-            PromptSet.load(path, config.train.seed, name).check(
-                tokenizer, rl.template, rl.max_prompt_tokens, options.needs()
-            )
+            _check_prompts(name, path, config, tokenizer, options.needs())
+
+
+def _check_prompts(name: str, path: str, config: Config, tokenizer: Tokenizer, needs: list[str]) -> None:
+    """A prompt that is too long is no prompt with its end cut off."""
+    longest = config.rl.max_prompt_tokens
+    for prompt in read_prompts([path], needs, name):
+        length = len(tokenizer.encode(apply_template(config.rl.template, prompt.prompt), bos=True))
+        what_fits = f"must be at least {length}, the tokens of a prompt of {name} ({prompt.prompt[:40]!r}...)"
+        require(length <= longest, "rl.max_prompt_tokens", longest, what_fits)
 
 
 def run(config: Config, state: ParallelState, checkpoint: Path | None) -> None:
@@ -214,7 +221,7 @@ def _show(step: int, groups: list[Group], experience: Experience, printer: Progr
     for group in groups[:SHOWN]:
         text = experience.decode(group.completions[0])
         rewards = " ".join(f"{name}={value:g}" for name, value in group.scores[0].by_name.items())
-        shown = " ".join(f"{group.prompt.text}{text}".split())[:SHOWN_CHARACTERS]
+        shown = " ".join(f"{group.prompt.prompt}{text}".split())[:SHOWN_CHARACTERS]
         printer.message(f"  sample of step {step}: {shown}  [{rewards}, reference {group.prompt.reference}]")
 
 

@@ -125,7 +125,8 @@ def token_weights(
     """What each token's loss is multiplied by, so that the loss is their sum; 0 where the mask is False.
 
     A sequence must not be cut between calls: "sequence" counts its tokens here. One that has no token at all adds
-    nothing to the loss, but still counts in the number of rows that ``normalizer=None`` stands for (as in TRL).
+    nothing to the loss, but still counts among the rows that ``normalizer=None`` stands for (as in TRL; verl does
+    not count it).
 
     Args:
         mask: ``[B, L]`` bool.

@@ -82,4 +82,4 @@ def of_groups(measures: Measures, groups: Sequence[Group], experience: Experienc
                 measures.total(f"reward_failures/{name}", name in score.failures)
             measures.add("response_length", len(completion.tokens))
             measures.add("truncated", not completion.finished)
-            measures.add("reflection_words", reflection_words(experience.decode(completion)))
+            measures.add("reflection_words", reflection_words([experience.decode(completion)]))

@@ -83,14 +83,14 @@ class Microbatch:
         experts = self._experts(replayed_layers) if replayed_layers else None
         batch = Batch(
             tokens.view(self.shape),
-            None,
-            None,
-            1,
-            len(self.samples),
-            self._packed,
-            counted.view(self.shape),
-            experts,
-            head,
+            labels=None,
+            loss_mask=None,
+            num_loss_tokens=1,
+            num_sequences=len(self.samples),
+            packed=self._packed,
+            counted=counted.view(self.shape),
+            experts=experts,
+            head=head,
         )
         return batch.to(self._form.device)
 

@@ -41,9 +41,9 @@ class LossOptions:
         aggregation: how tokens become one number. ``sequence``: the mean over sequences of the mean over their tokens
             (GRPO). ``token``: the mean over all tokens (DAPO); TRL's ``bnpo`` is this over one microbatch, TRL's
             ``dapo`` and ``cispo`` are this over the global batch. ``constant``: the sum over tokens, divided by
-            ``constant`` and by the number of sequences (Dr. GRPO, arXiv 2503.20783; TRL's ``dr_grpo``); verl's
-            ``seq-mean-token-sum-norm`` lacks the number of sequences in older versions. With ``constant=1`` it is the
-            mean over sequences of their sums (TRL's ``luspo``).
+            ``constant`` and by the number of sequences (Dr. GRPO, arXiv 2503.20783; TRL's ``dr_grpo``). verl's
+            ``seq-mean-token-sum-norm`` does not divide by the number of sequences: it is that many times this one. With
+            ``constant=1`` it is the mean over sequences of their sums (TRL's ``luspo``; verl's ``seq-mean-token-sum``).
         constant: for ``aggregation="constant"``: the longest possible completion, in tokens.
         kl_coefficient: of the KL divergence from the reference policy, as a part of the loss (not of the reward).
         kl_estimator: of KL(pi, pi_ref) from the sampled token, with ``d = log pi - log pi_ref``. ``k1``: d, unbiased,

@@ -92,7 +92,7 @@ def gae(
         still_to_come = mask.flip(1).cumsum(1).flip(1)
         after = torch.where(still_to_come <= 1, last_values[:, None], after)
     deltas = (rewards + options.discount * after - values).where(mask, 0)
-    decay = torch.where(mask, options.discount * options.trace, 1.0).to(values.dtype) * goes_on
+    decay = torch.where(mask, options.discount * options.trace * goes_on, goes_on)
     advantages = _scan(deltas, decay).where(mask, 0)
     return advantages, advantages + values
 

@@ -20,7 +20,7 @@ from r1mega.rl.loss_metrics import merge_metrics
 from r1mega.rl.measures import Measures, of_groups
 from r1mega.rl.microbatches import Form, Head, LogProbHead, Microbatch, ObjectiveHead
 from r1mega.rl.reference import Reference
-from r1mega.rl.rollout import build_engine
+from r1mega.rl.rollout.build import build_engine
 from r1mega.rl.samples import Sample, exchange, random_order
 from r1mega.train.checkpoint import Checkpointer, Progress
 from r1mega.train.learner import Learner

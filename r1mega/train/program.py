@@ -25,6 +25,8 @@ Run = Callable[[Config, ParallelState, Path | None], None]
 def run_program(config: Config, run: Run) -> int:
     """Call ``run(config, state, checkpoint)`` on every rank, with the groups made; returns the exit status.
 
+    A process group that is there already is used, and left for the program that comes next.
+
     Args:
         config: the job, checked.
         run: the work; a collective call. The checkpoint is the one to go on from.
@@ -40,6 +42,7 @@ def run_program(config: Config, run: Run) -> int:
 
 def _start(config: Config, checkpoint: Path | None, run: Run) -> int:
     """Start the process group and run; ``checkpoint`` is rank 0's finding, for all."""
+    is_own = not dist.is_initialized()
     device = start_process_group()
     peers = Peers()
     try:
@@ -61,7 +64,8 @@ def _start(config: Config, checkpoint: Path | None, run: Run) -> int:
         print(f"r1mega: error: rank {dist.get_rank()} stops: {cause}", file=sys.stderr, flush=True)
         # Threads that wait for the lost peer would keep an ordinary exit waiting.
         os._exit(1)
-    dist.destroy_process_group()
+    if is_own:
+        dist.destroy_process_group()
     return status
 
 

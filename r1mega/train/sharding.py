@@ -86,6 +86,19 @@ def named_shards(stages: Iterable[nn.Module]) -> list[tuple[str, DTensor]]:
     return found
 
 
+def gather(stage: nn.Module) -> None:
+    """Gather all parameters now. A collective call; forward passes find them there and gather nothing.
+
+    For forward passes that do not come at the same time on all data-parallel ranks. :func:`reshard` frees them.
+    """
+    if isinstance(stage, FSDPModule):
+        stage._get_fsdp_state()._lazy_init()
+        for group in _parameter_groups(stage):
+            if not group.is_unsharded:
+                group.unshard()
+                group.wait_for_unshard()
+
+
 def reshard(stage: nn.Module) -> None:
     """Free the gathered parameters, for example after a forward pass without a backward."""
     for module in stage.modules():

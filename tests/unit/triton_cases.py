@@ -18,11 +18,14 @@ from r1mega.kernels.combine import combine
 from r1mega.kernels.grouped_swiglu import grouped_swiglu
 from r1mega.kernels.linear import grouped_linear
 from r1mega.kernels.permute import RowMap, find_rows
+from r1mega.kernels.policy_head import policy_head, reference_policy_head
+from r1mega.kernels.policy_tile import RowGradients, merge, reference_gradient, reference_statistics
 from r1mega.kernels.rms_norm import rms_norm
 from r1mega.kernels.route import RouteOptions, first_rows, rank_choices, reference_route
 from r1mega.kernels.swiglu import swiglu, weighted_swiglu
 from r1mega.kernels.triton import combine as combine_kernels
 from r1mega.kernels.triton import grouped, permute, route
+from r1mega.kernels.triton import policy_head as policy_kernels
 from r1mega.kernels.triton import rms_norm as rms_norm_kernels
 from r1mega.kernels.triton.compat import pieces
 from r1mega.kernels.triton.permute import TILE_TOKENS
@@ -422,3 +425,56 @@ def test_route_and_permute_run_these_kernels_and_their_gradients(function, monke
         results.append((rows, weights, row_map.row_of_choice, choices.counts_E, choices.score_sums_E, *gradients))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [None, [0, 1, 3], [2], []], ids=str)
+@pytest.mark.parametrize("width", [1, 33, 300])
+def test_the_two_passes_over_a_tile_of_logits(width, wanted, monkeypatch):
+    for name in ("STATISTICS_BLOCK", "GRADIENT_BLOCK"):
+        monkeypatch.setattr(policy_kernels, name, 64)
+    logits, scale = 5 * random(4, width), 0.7
+    targets = torch.tensor([0, width - 1, -1, width // 2]).to(DEVICE)
+    merged = [merge(part.unsqueeze(0)) for part in (
+        policy_kernels.statistics(logits, targets, scale),
+        reference_statistics(logits.double(), targets, scale),
+    )]  # fmt: skip
+    for actual, expected in zip(*merged, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=4e-6)
+    _, entropy, lse = merged[1]
+    chosen = slice(None) if wanted is None else torch.tensor(wanted, dtype=torch.int64, device=DEVICE)
+    vectors = [vector[chosen] for vector in (lse, entropy, *random(2, 4).double())]
+    rows = RowGradients(None if wanted is None else chosen, targets[chosen], *vectors)
+    expected = reference_gradient(logits.double()[chosen], rows, scale)
+    given = logits, rows.rows_K, rows.targets_K, *(vector.float() for vector in vectors), scale
+    for dtype in DTYPES:
+        out = torch.empty(expected.shape, dtype=dtype, device=DEVICE)
+        policy_kernels.gradient(*given, out)
+        assert_rounded(out, expected, size=2)
+    if wanted is None:
+        policy_kernels.gradient(*given, logits)
+        assert_rounded(logits, expected, size=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_policy_head_equals_the_reference(dtype):
+    hidden, weight = random(11, 6, dtype=dtype), random(40, 6, dtype=dtype)
+    targets, advantages = torch.arange(11).to(DEVICE), random(11)
+    advantages[::3] = 0
+    mask = torch.arange(11, device=DEVICE) % 4 > 0
+
+    def losses(log_probs: Tensor, entropy: Tensor, rows: Tensor) -> Tensor:
+        return advantages[rows] * ((0.1 * log_probs).exp() + 0.2 * entropy)
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        return policy_head(hidden, weight, targets, losses, mask_T=mask, chunk=4).loss
+
+    def reference(hidden: Tensor, weight: Tensor) -> Tensor:
+        return reference_policy_head(hidden, weight, targets, losses, mask_T=mask).loss
+
+    given, wide = ([t.detach().to(to).requires_grad_() for t in (hidden, weight)] for to in (dtype, torch.float64))
+    (actual, expected), tolerance = (head(*given), reference(*wide)), 1e-5 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    gradients = zip(torch.autograd.grad(actual, given), torch.autograd.grad(expected, wide), strict=True)
+    for gradient, wanted in gradients:
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.double(), wanted, rtol=tolerance, atol=tolerance)

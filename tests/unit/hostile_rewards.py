@@ -186,6 +186,10 @@ def changes_its_sample(sample: Sample) -> float:
     return float(len(sample.data["list"]))
 
 
+def length_of_list(sample: Sample) -> float:
+    return float(len(sample.data["list"]))
+
+
 def random_number(sample: Sample) -> float:
     return random.random()
 

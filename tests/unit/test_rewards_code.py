@@ -11,6 +11,7 @@ import pytest
 
 from r1mega.config import ConfigError
 from r1mega.rl.rewards import RewardFailure, RewardOptions, RewardPool, Sample, check_rewards
+from r1mega.rl.rewards.processes import descendants
 from r1mega.rl.rewards.programs import code
 from r1mega.rl.rewards.sandbox import check_sandbox, run_program
 
@@ -122,7 +123,7 @@ print(sorted(name for name in os.listdir("/home") if os.path.exists("/home")) if
 )
 def test_a_program_that_is_stopped_is_a_counted_failure(program: str, reason: str) -> None:
     with pytest.raises(RewardFailure, match=reason):
-        code(sample(program), program_time_limit=1.0)
+        code(sample(program), program_time_limit=1.0 if "long" in reason else 10.0)
 
 
 @needs_sandbox
@@ -142,13 +143,37 @@ def test_memory_output_and_processes_are_limited(program: str) -> None:
 
 
 @needs_sandbox
+def test_the_limits_are_those_of_the_arguments() -> None:
+    program = """
+import resource
+for name in ("AS", "CPU", "FSIZE", "NPROC", "CORE"):
+    print(name, *resource.getrlimit(getattr(resource, f"RLIMIT_{name}")))
+"""
+    output = run_program(program, "", time_limit=20.0, memory_limit=100).output.decode()
+    assert output.splitlines() == [
+        f"AS {100 << 20} {100 << 20}",
+        "CPU 21 21",
+        f"FSIZE {1 << 20} {1 << 20}",
+        "NPROC 32 32",
+        "CORE 0 0",
+    ]
+
+
+@needs_sandbox
 def test_code_in_the_pool_leaves_no_process(capfd: pytest.CaptureFixture[str]) -> None:
     options = RewardOptions(
-        names=["code", "format"], weights=[2.0, 1.0], arguments={"code": {"program_time_limit": 1.0}}
+        names=["code", "format"], weights=[2.0, 1.0], arguments={"code": {"program_time_limit": 3.0}}
     )
     programs = ["def double(x): return x * 2", "while True: pass", "def double(x): print(x); return 0", "x = ("]
+    seen: set[int] = set()
     with RewardPool(options, 2) as pool:
         futures = [pool.submit(sample(program)) for program in programs]
+        while not all(future.done() for future in futures):
+            seen |= set(descendants(os.getpid()))
+            time.sleep(0.02)
         assert [future.result(60).total for future in futures] == [3.0, 1.0, 1.0, 1.0]
         assert pool.failures() == {"code": {"program took too long": 1}}
+    # Two processes a worker, and for a program bubblewrap's two and its own.
+    assert len(seen) >= 7
+    assert not [process for process in seen if Path(f"/proc/{process}").exists()]
     assert capfd.readouterr() == ("", "")

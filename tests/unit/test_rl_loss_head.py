@@ -167,6 +167,8 @@ def test_gradients_are_the_same_under_every_schedule_and_no_product_is_made_twic
     stage = Head(p)
     executor = PipelineExecutor(Table.from_csv(table), {0: stage}, None)
     assert stage.weight_gradients is executor.weight_gradients
+    through_autograd: list[bool] = []
+    stage.weight.register_hook(lambda gradient: through_autograd.append(gradient is not None))
     for runs in (1, 2):
         with TensorWatch() as watch:
             metrics = executor.run(range(B))
@@ -174,6 +176,7 @@ def test_gradients_are_the_same_under_every_schedule_and_no_product_is_made_twic
         torch.testing.assert_close(metrics["loss"], loss.detach(), rtol=1e-12, atol=1e-12)
         for parameter, gradient in zip((stage.hidden, stage.weight), expected, strict=True):
             torch.testing.assert_close(parameter.grad, runs * gradient, rtol=1e-11, atol=1e-12)
+    assert not any(through_autograd)
     with TensorWatch() as watch:
         executor.run(range(B), forward_only=True)
     assert len(watch.products) == B - 1

@@ -23,7 +23,7 @@ from r1mega.rl.rewards.sample import Sample
 from r1mega.rl.rewards.wire import Channel, Lost
 
 _LONGEST_REASON = 300
-_PATIENCE = 0.2  # seconds in which processes that a reward has ended may finish
+_PATIENCE = 0.2  # seconds in which processes that a reward has started may end after it
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def compute(job: Job, name: str, sample: dict[str, Any], guard: Guard) -> Outcom
     arguments = copy.deepcopy(job.arguments.get(name, {}))
     given = Sample(**copy.deepcopy(sample))
     _seed()
+    start = time.monotonic()
     value: Any = None
     failure: str | None = None
     spoiled = False
@@ -97,7 +98,11 @@ def compute(job: Job, name: str, sample: dict[str, Any], guard: Guard) -> Outcom
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             tried = guard.end()
-    left = "left processes running" if processes.reap(_PATIENCE) else "left a thread running" if _threads() else None
+    patience = _PATIENCE
+    if "processes" in definition.allow:
+        # bubblewrap returns before its last process has ended, which on a busy machine takes a while.
+        patience = max(patience, 0.9 * (job.time_limit - (time.monotonic() - start)))
+    left = "left processes running" if processes.reap(patience) else "left a thread running" if _threads() else None
     if failure is None and not math.isfinite(value):
         failure = f"returned {value}: must be a finite number"
     failure = tried or left or failure

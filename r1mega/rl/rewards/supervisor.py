@@ -21,7 +21,7 @@ from r1mega.rl.rewards.definition import check_arguments, resolve
 from r1mega.rl.rewards.runner import Job, Outcome, run
 from r1mega.rl.rewards.wire import Channel, Garbled, Lost
 
-_IDLE_CHECK = 5.0  # seconds between looks at whether the parent is still there
+_IDLE_CHECK = 1.0  # seconds between looks at whether the parent is still there
 _DEATH_SECONDS = 1.0  # between the end of a process's connections and its own
 _SAMPLES_PER_RUNNER = 1000  # then a fresh one, so that what rewards leak does not add up
 

@@ -263,7 +263,7 @@ def _report(config: Config, folder: Path) -> None:
     from r1mega.rl.pictures import plot_run
 
     metrics, records = read_metrics(folder / METRICS_FILE), read_evaluations(folder)
-    pictures = plot_run(metrics, records, folder)
+    pictures = plot_run(metrics, records, folder, correct=f"reward/{config.rl.reward.correct}")
     seconds = sum(line["step_seconds"] for line in metrics)
     lines = [f"done: {config.train.num_steps} steps in {duration(seconds)}"]
     if records:

@@ -112,14 +112,18 @@ def test_settings_that_fit_are_completed(argv, without_rewards) -> None:
             "data.tokenizer=null: name a tokenizer, or a model.checkpoint that has one",
         ),
         (["--data.tokenizer=/nowhere"], "data.tokenizer=/nowhere: there is no such file or folder"),
-        (["--model.vocab_size=8"], "model.vocab_size=8: must be at least 22, the size of data.tokenizer (DATA)"),
+        (["--model.vocab_size=8"], "model.vocab_size=8: must be at least 21, the size of data.tokenizer (DATA)"),
         (["--rl.prompts=/nowhere"], "rl.prompts=/nowhere: cannot be read: No such file or directory"),
         (["--rl.eval_prompts=/nowhere"], "rl.eval_prompts=/nowhere: cannot be read: No such file or directory"),
         (
             ["--rl.max_prompt_tokens=5"],
             "rl.max_prompt_tokens=5: must be at least 6, the tokens of a prompt of rl.prompts ('PROMPT'...)",
         ),
-        (["--model.checkpoint=/nowhere"], "model.checkpoint=/nowhere: there is no such folder"),
+        (
+            ["--model.checkpoint=/nowhere"],
+            "model.checkpoint=/nowhere: config.json: No such file or directory; must be a folder with a Hugging Face "
+            "checkpoint",
+        ),
         (["--parallel.ep=3"], "parallel.ep=3: must divide the number of processes, 1 / (pp=1 x etp=1) = 1; try 1"),
         (["--rl.temperature=0"], "rl.temperature=0.0: must be positive"),
         (["--rl.top_p=1.5"], "rl.top_p=1.5: must be over 0 and at most 1"),

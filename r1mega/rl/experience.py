@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from r1mega.config import Config
+from r1mega.config import Config, ConfigError
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.parallel_state import ParallelState
 from r1mega.rl import rewards
@@ -195,9 +197,19 @@ def num_prompts(config: Config) -> int:
 def reward_options(config: Config) -> rewards.RewardOptions:
     """The settings of the rewards, checked. Raises :class:`r1mega.config.ConfigError`."""
     reward = config.rl.reward
-    return rewards.RewardOptions(
-        reward.names, reward.weights or [], reward.arguments, reward.time_limit, reward.memory_limit
-    )
+    with with_names_of_settings():
+        return rewards.RewardOptions(
+            reward.names, reward.weights or [], reward.arguments, reward.time_limit, reward.memory_limit
+        )
+
+
+@contextmanager
+def with_names_of_settings() -> Iterator[None]:
+    """Errors of rewards, which know nothing of a run, with the names that the settings have there."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"^rewards\.", "rl.reward.", str(error))) from error
 
 
 def _with_place(group: Group, place: int) -> Group:

@@ -13,7 +13,7 @@ from r1mega.model.huggingface import resolve_model_config
 from r1mega.parallel_state import Layout, ParallelState
 from r1mega.rl.completions import drop_after, write_completions
 from r1mega.rl.evaluator import Evaluator, drop_evaluations, keep_evaluation, read_evaluations
-from r1mega.rl.experience import Experience, Group, num_prompts, reward_options
+from r1mega.rl.experience import Experience, Group, num_prompts, reward_options, with_names_of_settings
 from r1mega.rl.prompts import apply_template, read_prompts
 from r1mega.rl.rewards import check_rewards
 from r1mega.rl.trainer import GrpoTrainer
@@ -108,7 +108,8 @@ def _check_files(config: Config) -> None:
     what_fits = f"must be at least {tokenizer.vocab_size}, the size of data.tokenizer ({config.data.tokenizer})"
     require(tokenizer.vocab_size <= config.model.vocab_size, "model.vocab_size", config.model.vocab_size, what_fits)
     options = reward_options(config)
-    check_rewards(options)
+    with with_names_of_settings():
+        check_rewards(options)
     for name, path in (("rl.prompts", rl.prompts), ("rl.eval_prompts", rl.eval_prompts)):
         if path is not None:
             _check_prompts(name, path, config, tokenizer, options.needs())

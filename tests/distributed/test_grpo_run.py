@@ -151,12 +151,16 @@ def test_masked_completions_count_for_their_group_but_not_in_the_loss(pool, data
     assert kept.metrics[0]["grad_norm"] != pytest.approx(variant.metrics[0]["grad_norm"], rel=1e-3)
 
 
-def test_without_replay_an_unperturbed_run_is_the_same(pool, data, single, tmp_path) -> None:
-    found = job(pool, make_config(data, routing_replay=False), tmp_path / "run")
-    agreement = {name for line in single.metrics for name in line if name.startswith("routing_agreement/")}
-    assert len(agreement) == 3 and all(line[name] == 1.0 for line in single.metrics for name in agreement)
-    without = [{name: line[name] for name in line if name not in agreement} for line in single.metrics]
-    assert_same(found, dataclasses.replace(single, metrics=without))
+def test_on_policy_replay_changes_nothing_where_the_rollout_was_not_perturbed(pool, data, tmp_path) -> None:
+    found = {}
+    for replay in (True, False):
+        config = make_config(data, routing_replay=replay, minibatches=1, eval_prompts=None)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2))
+        found[replay] = job(pool, config, tmp_path / str(replay))
+    agreement = {name for line in found[True].metrics for name in line if name.startswith("routing_agreement/")}
+    assert len(agreement) == 3 and all(line[name] == 1.0 for line in found[True].metrics for name in agreement)
+    without = [{name: line[name] for name in line if name not in agreement} for line in found[True].metrics]
+    assert_same(found[False], dataclasses.replace(found[True], metrics=without))
 
 
 PERTURBED = {"one": (1, {}), "pp2_zbv": (2, dict(pp=2, schedule="zbv"))}

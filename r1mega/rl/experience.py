@@ -139,7 +139,8 @@ class Experience:
         return range(count * rank // dp, count * (rank + 1) // dp)
 
     def close(self) -> None:
-        """End the reward workers."""
+        """End the engine and the reward workers."""
+        self.engine.close()
         if self.pool is not None:
             self.pool.close()
 

@@ -69,6 +69,10 @@ def check_settings(config: Config, world_size: int) -> Config:
     )
     require(prompts >= dp, "rl.minibatches", rl.minibatches, what_fits)
     _check_files(config)
+    if rl.engine == "vllm":
+        from r1mega.rl.rollout.vllm import check_settings as check_vllm
+
+        check_vllm(config)
     return config
 
 

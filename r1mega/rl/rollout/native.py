@@ -111,6 +111,9 @@ class NativeEngine:
     def sync_weights(self) -> None:
         """Nothing to do: the weights are the training's own."""
 
+    def close(self) -> None:
+        """Nothing to do: the engine has no process of its own."""
+
     @torch.no_grad()
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_finished: OnFinished | None = None

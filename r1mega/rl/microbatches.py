@@ -29,7 +29,7 @@ class Form:
 
     Args:
         pack: one row with a sequence behind the other; else a row each, padded to the longest.
-        multiple: T is a multiple of this (the tensor-parallel size).
+        multiple: lengths of rows are a multiple of this, which the tensor-parallel size divides.
         dtype: of log-probabilities.
         device: where the tensors go.
     """

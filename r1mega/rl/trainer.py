@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,9 @@ class GrpoTrainer:
             config, state, build_engine(config, state, self.learner, self.tokenizer), self.tokenizer
         )
         dtype = torch.float64 if config.train.dtype == "float64" else torch.float32
-        self._form = Form(config.rl.pack, state.size("tp"), dtype, state.device)
+        # how attention rounds in bfloat16 depends on the length, but not among multiples of 16
+        multiple = math.lcm(16 if config.train.dtype == "bfloat16" else 1, state.size("tp"))
+        self._form = Form(config.rl.pack, multiple, dtype, state.device)
         heads = [getattr(stage, "value_head", None) for stage in self.learner.stages.values()]
         self._value_head: Linear | None = next((head for head in heads if head is not None), None)
         self._router_names = router_names(config.model)

@@ -116,7 +116,7 @@ def first_difference(there: dict, here: dict) -> tuple[str, object, object] | No
     A setting that is in one of the two only is younger, or older, than the checkpoint and tells no difference.
     """
     flat_there, flat_here = _flatten(there), _flatten(here)
-    free = FREE_SETTINGS
+    free: tuple[str, ...] = FREE_SETTINGS
     if flat_here.get("rl.prompts") is not None and flat_there.get("rl.prompts") is not None:
         free += FREE_IN_RL
     for name in (name for name in flat_here if name in flat_there):

@@ -90,8 +90,8 @@ class RLConfig:
         top_p: sample from the most probable tokens that have this much probability together.
         max_rows: completions that a model replica generates at the same time; null means all.
         cache: what multi-head latent attention keeps of a token in a rollout: its ``latent``, as DeepSeek-V2 does, or
-            ``expanded`` keys and values: many times the memory, but in bfloat16 they are rounded as in training, so that
-            log-probabilities agree to 1e-4. In float32 both agree to 1e-5.
+            ``expanded`` keys and values: many times the memory, but in bfloat16 they are rounded as in training, so
+            that log-probabilities agree to 1e-4. In float32 both agree to 1e-5.
         overlong: completions that were cut at ``max_new_tokens``: ``keep`` them as they are, or ``mask`` them: they
             count for their group's mean, but not in the loss (DAPO's overlong filtering).
         dynamic_sampling: how many times groups whose rewards are all equal are generated anew from other prompts

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from r1mega.config import AttentionConfig, ModelConfig, MoEConfig, ParallelConfig
 from r1mega.data.batch import Batch
+from r1mega.kernels.parameter import local
 from r1mega.model.blocks import list_blocks, place_blocks
 from r1mega.model.init import initialize
 from r1mega.model.stage import build_stage
@@ -151,8 +152,10 @@ def one_microbatch(table: Table) -> Table:
 
 
 def _keep(found: list[Tensor], hidden: Tensor, lm_head: nn.Module, group: dist.ProcessGroup) -> StageOutput:
-    """A head that keeps the logits."""
-    found.append(all_gather(lm_head(gather_tokens(hidden, group)), group, dim=1))
+    """A head that keeps the logits, as wide as the loss has them."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = gather_tokens(hidden, group).to(wide) @ local(lm_head.weight).to(wide).t()
+    found.append(all_gather(logits, group, dim=1))
     return StageOutput()
 
 

@@ -20,6 +20,8 @@ from torch.distributed import ProcessGroup
 
 from r1mega.collectives import all_gather
 from r1mega.config import ModelConfig
+from r1mega.kernels.parameter import local
+from r1mega.kernels.policy_tile import multiply
 from r1mega.kernels.scratch import Scratch
 from r1mega.model.decoder import DecoderLayer
 from r1mega.model.stage import Stage
@@ -32,6 +34,7 @@ from r1mega.rl.rollout.links import Agreement, Links
 from r1mega.rl.rollout.rows import Layers, Rows, Turn, Waiting
 from r1mega.rl.rollout.sampler import draw, uniforms
 from r1mega.tensor_parallel.collectives import gather_tokens
+from r1mega.tensor_parallel.layers import Linear
 from r1mega.train.sharding import gather, reshard
 
 
@@ -252,13 +255,16 @@ class _Head:
     def __init__(self, rows: Rows, turn: Turn, sampling: Sampling, num_ids: int, scratch: Scratch) -> None:
         self.rows, self.turn, self.sampling, self.num_ids, self.scratch = rows, turn, sampling, num_ids, scratch
 
-    def __call__(self, hidden: Tensor, lm_head: nn.Module, group: ProcessGroup) -> StageOutput:
+    def __call__(self, hidden: Tensor, lm_head: Linear, group: ProcessGroup) -> StageOutput:
         turn = self.turn
         if not _has_rows(turn):
             return StageOutput()
         hidden = gather_tokens(hidden, group)
         hidden = hidden[turn.rows] if turn.ends is None else hidden.index_select(0, turn.ends)
-        logits = lm_head(hidden)
+        weight = local(lm_head.weight)
+        # as wide as in the loss, so that half-precision logits are not rounded in one and whole in the other
+        logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        multiply(hidden, weight, logits)
         if group.size() > 1:
             parts = all_gather(logits, group).unflatten(0, (group.size(), -1))
             logits = parts.transpose(0, 1).flatten(1)

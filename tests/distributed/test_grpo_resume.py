@@ -157,7 +157,8 @@ def test_records_of_evaluations_after_the_checkpoint_are_dropped(pool, config, k
         file.write('{"step": 5, "pass@1": 1.0}\n')
     changed = dataclasses.replace(config, rl=dataclasses.replace(config.rl, eval_interval=0))
     pool.run(run, 1, in_folder(changed, folder, resume=True))
-    assert [line["step"] for line in result(folder).evaluations] == [0, 4, STEPS]
+    steps = [line["step"] for line in result(folder).evaluations]
+    assert steps in ([0, STEPS], [0, 4, STEPS])  # whether the checkpoint of step 4 was whole yet is left to chance
 
 
 def copy_of(folder: Path, to: Path) -> Path:

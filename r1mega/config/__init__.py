@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from r1mega.config.checks import ConfigError, divisors, require
 from r1mega.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from r1mega.config.parallel import SCHEDULE_NAMES, ParallelConfig
-from r1mega.config.rl import RewardConfig, RLConfig
+from r1mega.config.rl import RewardConfig, RLConfig, VllmConfig
 from r1mega.config.training import DataConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "RewardConfig",
     "RopeConfig",
     "TrainConfig",
+    "VllmConfig",
     "divisors",
     "require",
     "validate_model_layout",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from r1mega.config.checks import require, require_finite, require_not_negative, require_positive
-from r1mega.rl.options import AdvantageOptions, LossOptions
+from r1mega.rl.options import AdvantageOptions, LossOptions, PPOOptions
 
 
 @dataclass
@@ -42,6 +42,35 @@ class RewardConfig:
 
 
 @dataclass
+class VllmConfig:
+    """The vLLM server that generates with ``rl.engine: vllm`` (``r1mega.rl.rollout.vllm``).
+
+    Args:
+        python: the Python that has vLLM; null means the one that trains.
+        arguments: more flags of vLLM's server, as in ``[--tensor-parallel-size, "8"]``.
+        sync: how the server takes over new weights: ``restart`` begins it anew, ``reload`` has it read them while it
+            runs, which is faster and which not every vLLM does right (the check below tells).
+        tolerance: the greatest difference between a log-probability that vLLM reports and that of the training's
+            forward, looked at after each time that weights are taken over; null means 0.001, and 0.2 with bfloat16.
+        start_timeout: seconds until the server must be ready.
+        request_timeout: seconds within which a completion must come, the time that it waits for others included.
+    """
+
+    python: str | None = None
+    arguments: list[str] = field(default_factory=list)
+    sync: Literal["restart", "reload"] = "restart"
+    tolerance: float | None = None
+    start_timeout: float = 600.0
+    request_timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        require_finite("rl.vllm", self)
+        require_positive("rl.vllm", self, "start_timeout", "request_timeout")
+        fits = self.tolerance is None or self.tolerance > 0
+        require(fits, "rl.vllm.tolerance", self.tolerance, "must be positive, or null")
+
+
+@dataclass
 class RLConfig:
     """GRPO (arXiv 2402.03300) with rule-based rewards, as DeepSeek-R1 uses it (arXiv 2501.12948).
 
@@ -49,6 +78,7 @@ class RLConfig:
     which are split at random into as many minibatches: one optimizer step each.
 
     Args:
+        algorithm: ``grpo`` compares a completion with its group; ``ppo`` with what a value head expects at each token.
         prompts: JSONL file of ``{"prompt": ..., "reference": ...}``; a run goes round in it.
         eval_prompts: prompts for evaluations; null evaluates nothing.
         template: what a prompt is wrapped in: ``plain`` (nothing), ``r1_zero`` (the paper's table 1), ``r1_chat``.
@@ -74,12 +104,15 @@ class RLConfig:
         eval_samples: completions of each evaluation prompt: pass@1 is their mean, cons@k their majority.
         eval_temperature: of these; greedy completions are evaluated besides.
         show_interval: steps between samples that are shown; 0 shows none.
-        engine: what generates: ``native`` (the training processes themselves), or ``vllm``.
+        engine: what generates: ``native`` (the training processes themselves), or ``vllm`` (a server that is started).
+        vllm: the server.
         loss: the objective.
-        advantage: from rewards to advantages.
+        advantage: from rewards to advantages, for ``grpo``.
+        ppo: from rewards and values to advantages, for ``ppo``.
         reward: what is rewarded.
     """
 
+    algorithm: Literal["grpo", "ppo"] = "grpo"
     prompts: str | None = None
     eval_prompts: str | None = None
     template: Literal["plain", "r1_zero", "r1_chat"] = "plain"
@@ -102,8 +135,10 @@ class RLConfig:
     eval_temperature: float = 1.0
     show_interval: int = 10
     engine: Literal["native", "vllm"] = "native"
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     loss: LossOptions = field(default_factory=LossOptions)
     advantage: AdvantageOptions = field(default_factory=AdvantageOptions)
+    ppo: PPOOptions = field(default_factory=PPOOptions)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from r1mega.model.huggingface_config import CONFIG_FILE, from_huggingface, read_
 from r1mega.model.huggingface_config_writer import to_huggingface
 from r1mega.model.huggingface_difference import first_difference
 from r1mega.model.huggingface_files import INDEX_FILE, SINGLE_FILE, check_entries, read_entries
-from r1mega.model.huggingface_names import copied_tensors, matrices, parameter_shapes, to_huggingface_name
+from r1mega.model.huggingface_names import VALUE_HEAD, copied_tensors, matrices, parameter_shapes, to_huggingface_name
 from r1mega.model.huggingface_tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
@@ -82,32 +82,47 @@ def _write(config: Config, tensors: Iterable[tuple[str, Tensor]], folder: Path) 
     """Write and check everything; returns a summary of one line."""
     import torch
 
-    model = _as_stored(config.model)
-    dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
-    dtype_name = str(dtype).removeprefix("torch.")
-    to_huggingface(model, dtype_name, {})  # a model that cannot be expressed is refused before anything is written
-    if config.data.tokenizer is None:
-        raise ConfigError("data.tokenizer=null: the run has no tokenizer to export")
-    token_ids = write_tokenizer(config.data.tokenizer, folder, model.max_position)
-    files = _FileWriter(folder)
+    model = as_stored(config.model)
+    dtype = getattr(torch, stored_type(config))
+    write_settings(config, folder)
+    files = FileWriter(folder)
     for name, tensor in huggingface_tensors(tensors, model, dtype):
         files.add(name, tensor)
     num_files = files.finish()
-    _write_json(folder / CONFIG_FILE, to_huggingface(model, dtype_name, token_ids))
-    known_ids = {name: index for name, index in token_ids.items() if index is not None}
-    _write_json(folder / GENERATION_FILE, {"_from_model_config": True} | known_ids)
     entries = read_entries(folder)
     check_entries(entries, model, folder)
-    difference = first_difference(model, from_huggingface(read_config(folder)))
-    assert difference is None, f"{CONFIG_FILE} does not read back as the model: {difference}"
     for path in folder.iterdir():
         sync(path)
     sync(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return f"{len(entries)} tensors in {dtype_name}, {num_files} file{'s' * (num_files > 1)}, {size / 1e6:,.1f} MB"
+    files_written = f"{num_files} file{'s' * (num_files > 1)}, {size / 1e6:,.1f} MB"
+    return f"{len(entries)} tensors in {stored_type(config)}, {files_written}"
 
 
-def _as_stored(model: ModelConfig) -> ModelConfig:
+def write_settings(config: Config, folder: Path) -> None:
+    """Everything of a Hugging Face folder but the weights: ``config.json``, how to generate, the tokenizer.
+
+    Raises:
+        ConfigError: a model that no Hugging Face architecture has, or a tokenizer that cannot be converted.
+    """
+    model, dtype = as_stored(config.model), stored_type(config)
+    to_huggingface(model, dtype, {})  # a model that cannot be expressed is refused before anything is written
+    if config.data.tokenizer is None:
+        raise ConfigError("data.tokenizer=null: the run has no tokenizer to export")
+    token_ids = write_tokenizer(config.data.tokenizer, folder, model.max_position)
+    write_json(folder / CONFIG_FILE, to_huggingface(model, dtype, token_ids))
+    known_ids = {name: index for name, index in token_ids.items() if index is not None}
+    write_json(folder / GENERATION_FILE, {"_from_model_config": True} | known_ids)
+    difference = first_difference(model, from_huggingface(read_config(folder)))
+    assert difference is None, f"{CONFIG_FILE} does not read back as the model: {difference}"
+
+
+def stored_type(config: Config) -> str:
+    """The type of the stored weights: that of the computation, but for float64."""
+    return "bfloat16" if config.train.dtype == "bfloat16" else "float32"
+
+
+def as_stored(model: ModelConfig) -> ModelConfig:
     """The model as a checkpoint holds it: DeepSeek's routers always have a score bias, zeros where ours has none."""
     if model.attention.kind == "mla" and model.moe.num_experts:
         return dataclasses.replace(model, moe=dataclasses.replace(model.moe, score_bias=True))
@@ -130,13 +145,9 @@ def huggingface_tensors(
     import torch
 
     shapes = parameter_shapes(config)
-    copies: dict[str, list[str]] = {}
-    for copy, original in copied_tensors(config).items():
-        if copy != "lm_head.weight":
-            copies.setdefault(original, []).append(copy)
     missing = dict(shapes)
     for name, tensor in tensors:
-        if config.tie_embeddings and name == "lm_head.weight":
+        if name == VALUE_HEAD or (config.tie_embeddings and name == "lm_head.weight"):
             continue
         if missing.pop(name, None) is None:
             raise ConfigError(f"the run's checkpoint holds {name}, which the model of its config.yaml has no place for")
@@ -144,21 +155,32 @@ def huggingface_tensors(
             raise ConfigError(
                 f"{name} has shape {tuple(tensor.shape)} in the run's checkpoint, the model's is {shapes[name]}"
             )
-        tensor = tensor.to(torch.float32 if name.endswith(BIAS) else dtype)
-        if tensor.dim() > 2:
-            for index in matrices(shapes[name]):
-                yield to_huggingface_name(name, config, index), tensor[index]
-            continue
-        hf_name = to_huggingface_name(name, config)
-        for each in [hf_name, *copies.get(hf_name, ())]:
-            yield each, tensor
+        yield from huggingface_parts(name, tensor, config, dtype)
     for name in [name for name in missing if name.endswith(BIAS)]:
         yield to_huggingface_name(name, config), torch.zeros(missing.pop(name))
     if missing:
         raise ConfigError(f"the run's checkpoint lacks {next(iter(missing))}, one of {len(missing)} missing tensors")
 
 
-class _FileWriter:
+def huggingface_parts(
+    name: str, tensor: Tensor, config: ModelConfig, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """What Hugging Face has in place of one tensor of r1mega: see :func:`huggingface_tensors`."""
+    import torch
+
+    tensor = tensor.to(torch.float32 if name.endswith(BIAS) else dtype)
+    if tensor.dim() > 2:
+        for index in matrices(tuple(tensor.shape)):
+            yield to_huggingface_name(name, config, index), tensor[index]
+        return
+    hf_name = to_huggingface_name(name, config)
+    yield hf_name, tensor
+    for copy, original in copied_tensors(config).items():
+        if original == hf_name and copy != "lm_head.weight":
+            yield copy, tensor
+
+
+class FileWriter:
     """Collects tensors into files of at most :data:`LARGEST_FILE` bytes; writes the index where there are several."""
 
     def __init__(self, folder: Path) -> None:
@@ -206,7 +228,7 @@ class _FileWriter:
             os.rename(self._part(index), self.folder / file)
             weight_map |= dict.fromkeys(names, file)
         contents = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(self.folder / INDEX_FILE, contents)
+        write_json(self.folder / INDEX_FILE, contents)
         return count
 
 
@@ -216,5 +238,5 @@ def _umask() -> int:
     return mask
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

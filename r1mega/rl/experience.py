@@ -125,7 +125,7 @@ class Experience:
                         index=group.place * rl.group_size + i,
                         prompt=completion.prompt,
                         tokens=completion.tokens,
-                        advantage=advantage,
+                        advantage=advantage if rl.algorithm == "grpo" else group.totals[i],
                         rollout_log_probs=completion.log_probs,
                         in_loss=completion.finished or rl.overlong == "keep",
                         experts=completion.experts or {},
@@ -139,7 +139,8 @@ class Experience:
         return range(count * rank // dp, count * (rank + 1) // dp)
 
     def close(self) -> None:
-        """End the reward workers."""
+        """End the engine and the reward workers."""
+        self.engine.close()
         if self.pool is not None:
             self.pool.close()
 

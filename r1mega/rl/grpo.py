@@ -53,7 +53,8 @@ def check_settings(config: Config, world_size: int) -> Config:
     """
     rl = config.rl
     model = resolve_model_config(config.model)
-    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, bias_update_rate=rl.bias_update_rate))
+    moe = dataclasses.replace(model.moe, bias_update_rate=rl.bias_update_rate)
+    model = dataclasses.replace(model, value_head=rl.algorithm == "ppo", moe=moe)
     length = rl.max_tokens + -rl.max_tokens % config.parallel.tp
     tokenizer = config.data.tokenizer or config.model.checkpoint
     data = dataclasses.replace(config.data, sequence_length=length, tokenizer=tokenizer)
@@ -68,6 +69,10 @@ def check_settings(config: Config, world_size: int) -> Config:
     )
     require(prompts >= dp, "rl.minibatches", rl.minibatches, what_fits)
     _check_files(config)
+    if rl.engine == "vllm":
+        from r1mega.rl.rollout.vllm import check_settings as check_vllm
+
+        check_vllm(config)
     return config
 
 
@@ -263,7 +268,7 @@ def _report(config: Config, folder: Path) -> None:
     from r1mega.rl.pictures import plot_run
 
     metrics, records = read_metrics(folder / METRICS_FILE), read_evaluations(folder)
-    pictures = plot_run(metrics, records, folder)
+    pictures = plot_run(metrics, records, folder, correct=f"reward/{config.rl.reward.correct}")
     seconds = sum(line["step_seconds"] for line in metrics)
     lines = [f"done: {config.train.num_steps} steps in {duration(seconds)}"]
     if records:

@@ -22,23 +22,27 @@ class Sample:
         index: its place in the rollout: prompt by prompt, then completion by completion.
         prompt: token ids.
         tokens: token ids of the completion.
-        advantage: of the whole completion.
+        advantage: of the whole completion, or ``[N]`` of each token.
         rollout_log_probs: ``[N]`` float32, as the engine reported them.
         in_loss: False leaves it out of the loss.
         experts: ``[P + N - 1, K]`` int16 by global layer, of the layers that this rank has.
         old_log_probs: ``[N]``, of the training forward under the weights of the rollout.
         ref_log_probs: ``[N]``, of the reference policy.
+        values: ``[N]``, PPO: of the value head under the weights of the rollout.
+        returns: ``[N]``, PPO: what the value head learns.
     """
 
     index: int
     prompt: list[int]
     tokens: list[int]
-    advantage: float
+    advantage: float | Tensor
     rollout_log_probs: Tensor
     in_loss: bool = True
     experts: dict[int, Tensor] = field(default_factory=dict)
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -129,7 +133,7 @@ _HEADER = 8  # int64: index, P, N, in_loss, number of layers, K, bits of the adv
 def _to_bytes(sample: Sample) -> bytes:
     layers = sorted(sample.experts)
     top_k = sample.experts[layers[0]].shape[1] if layers else 0
-    advantage = numpy.float64(sample.advantage).view(numpy.int64)
+    advantage = numpy.float64(float(sample.advantage)).view(numpy.int64)
     header = [
         sample.index,
         len(sample.prompt),

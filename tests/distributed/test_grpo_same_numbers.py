@@ -75,6 +75,13 @@ def test_variants_of_the_objective_do_not_depend_on_the_layout_either(pool, opti
     assert_same(report, expected)
 
 
+def test_ppo_with_its_value_head_does_not_depend_on_the_layout(pool) -> None:
+    expected = pool.run(update, 1, Job(ppo=True))[0]
+    assert expected.gradients[0]["value_head.weight"].abs().max() > 1e-6
+    report = pool.run(update, 4, Job(ppo=True, parallel=ParallelConfig(tp=2, pp=2, schedule="zb-h1"), **SMALL))[0]
+    assert_same(report, expected)
+
+
 def test_replayed_experts_are_used_and_the_router_still_learns(pool) -> None:
     """The made-up experts are not the router's choice, so that replay changes the gradients of everything."""
     replayed, live = reference(pool), pool.run(update, 1, Job(replay=False))[0]

@@ -110,3 +110,30 @@ def test_recorded_experts_and_log_probabilities_are_those_of_the_training_forwar
                 assert torch.equal(completion.experts[layer], choices)
                 assert choices.shape == (len(completion.prompt) + len(completion.tokens) - 1, 3)
         assert result.counted == 0
+
+
+@pytest.mark.parametrize("model", ["mla", "dense"])
+def test_bfloat16_log_probabilities_and_experts_are_those_of_training_where_keys_and_values_are_kept(pool, model):
+    """With lengths that are multiples of 16 in training, as they are here, attention rounds all in the same way."""
+    sampling = Sampling(max_tokens=14, seed=7)
+    job = Job(model=model, dtype=torch.bfloat16, sampling=sampling, multiple=16, absorbs=False)
+    results = pool.run(generate, 1, job)
+    assert furthest(results) < 1e-4
+    for completion, experts in zip(results[0].completions, results[0].experts, strict=True):
+        for layer, choices in experts.items():
+            assert torch.equal(completion.experts[layer], choices)
+
+
+@pytest.mark.parametrize("model, tolerance", [("gqa", 1e-3), ("dense", 0.03)])
+def test_bfloat16_log_probabilities_are_near_those_of_training_otherwise(pool, model, tolerance):
+    """Absorbed projections round other products than training does; the weights here are ten times the usual ones."""
+    job = Job(model=model, dtype=torch.bfloat16, sampling=Sampling(max_tokens=14, seed=7), multiple=16)
+    (result,) = pool.run(generate, 1, job)
+    pairs = zip(result.completions, result.log_probs, strict=True)
+    assert torch.cat([(c.log_probs - other).abs() for c, other in pairs]).mean() < tolerance
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2_ep2"])
+def test_kept_keys_and_values_give_the_same_tokens(pool, layout):
+    world_size, parallel = LAYOUTS[layout]
+    assert_same(pool.run(generate, world_size, Job(parallel=parallel, absorbs=False)), single(pool, "mla", SAMPLED))

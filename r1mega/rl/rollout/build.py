@@ -16,6 +16,10 @@ MOST_ROWS = 1024
 def build_engine(config: Config, state: ParallelState, learner: Learner, tokenizer: Tokenizer) -> RolloutEngine:
     """A collective call."""
     rl = config.rl
+    if rl.engine == "vllm":
+        from r1mega.rl.rollout.vllm import VllmEngine
+
+        return VllmEngine(config, state, learner, tokenizer.vocab_size)
     return NativeEngine(
         learner.stages,
         learner.table,

@@ -100,3 +100,6 @@ class RolloutEngine(Protocol):
         Returns:
             All completions, ordered by request and sample.
         """
+
+    def close(self) -> None:
+        """End what the engine has started."""

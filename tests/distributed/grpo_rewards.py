@@ -24,3 +24,9 @@ def broken(sample: Sample) -> float:
 def always_broken(sample: Sample) -> float:
     """Raises for all of them."""
     raise RuntimeError("no reward today")
+
+
+def hangs(sample: Sample) -> float:
+    """Never answers."""
+    while True:
+        pass

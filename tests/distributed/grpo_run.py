@@ -46,6 +46,10 @@ def write_data(folder: Path) -> Path:
     lines = [json.dumps({"prompt": text, "reference": "1"}) + "\n" for text in texts]
     (data / "six.jsonl").write_text("".join(lines[:6]))
     (data / "three.jsonl").write_text("".join(lines[6:]))
+    (data / "short.jsonl").write_text(
+        "".join(json.dumps({"prompt": digit, "reference": "1"}) + "\n" for digit in "123")
+    )
+    (data / "one.jsonl").write_text(json.dumps({"prompt": "4", "reference": "1"}) + "\n")
     return data
 
 
@@ -138,7 +142,7 @@ def run(
         if not real:
             stack.enter_context(mock.patch.object(rewards, "RewardPool", InlinePool))
             stack.enter_context(mock.patch.object(program, "check_rewards", lambda options: None))
-            stack.enter_context(mock.patch("r1mega.rl.pictures.plot_run", lambda *arguments: []))
+            stack.enter_context(mock.patch("r1mega.rl.pictures.plot_run", lambda *arguments, **options: []))
         if perturbation:
             _perturb_rollouts(stack, perturbation)
         _watch(stack, seen, spoil)

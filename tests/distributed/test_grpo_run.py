@@ -16,7 +16,7 @@ from r1mega.rl.experience import ROUND
 from r1mega.rl.options import LossOptions
 from r1mega.rl.prompts import prompt_index, read_prompts
 from r1mega.rl.rollout.engine import Completion
-from tests.distributed.grpo_run import NAMES, Result, Seen, in_folder, make_config, result, run, write_data
+from tests.distributed.grpo_run import NAMES, REWARDS, Result, Seen, in_folder, make_config, result, run, write_data
 from tests.distributed.pool import PoolError
 
 LAYOUTS = {
@@ -161,6 +161,26 @@ def test_on_policy_replay_changes_nothing_where_the_rollout_was_not_perturbed(po
     assert len(agreement) == 3 and all(line[name] == 1.0 for line in found[True].metrics for name in agreement)
     without = [{name: line[name] for name in line if name not in agreement} for line in found[True].metrics]
     assert_same(found[False], dataclasses.replace(found[True], metrics=without))
+
+
+def test_the_smallest_run_is_the_same_too_and_ranks_without_prompts_take_part(pool, data, tmp_path) -> None:
+    """Prompts of one token, completions of one token, groups as large as a batch, one prompt to evaluate on."""
+    files = dict(prompts=str(data / "short.jsonl"), eval_prompts=str(data / "one.jsonl"))
+    config = make_config(data, **files, max_prompt_tokens=1, max_new_tokens=1, group_size=8)
+    single = job(pool, config, tmp_path / "single")
+    assert all(line["num_tokens"] == 1 for line in single.completions) and len(single.completions) == 48
+    assert_same(job(pool, config, tmp_path / "tp2_ep4", 4, tp=2, ep=4), single)
+    assert_same(job(pool, config, tmp_path / "pp2_dp2", 4, pp=2), single)
+
+
+def test_rewards_that_always_fail_are_counted_and_said_and_nothing_is_learnt(pool, data, tmp_path) -> None:
+    broken = f"{REWARDS}:always_broken"
+    settings = dict(eval_prompts=None, reward=RewardConfig(names=[broken], correct=broken), dynamic_sampling=1)
+    found = job(pool, make_config(data, **settings, loss=LossOptions(kl_coefficient=0.0)), tmp_path / "run")
+    assert all(line[f"reward_failures/{broken}"] == 16 and line["flat_groups"] == 1 for line in found.metrics)
+    assert all(line["grad_norm"] == 0 and line["reward"] == 0 for line in found.metrics)
+    assert all(line["failures"] == {broken: "raised: no reward today"} for line in found.completions)
+    assert not any(name.startswith("reference.") for name in found.tensors)
 
 
 PERTURBED = {"one": (1, {}), "pp2_zbv": (2, dict(pp=2, schedule="zbv"))}

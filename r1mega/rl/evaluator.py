@@ -82,6 +82,7 @@ class Evaluator:
             "step": step,
             "prompts": len(outcomes),
             "samples": self.config.rl.eval_samples,
+            "temperature": self.config.rl.eval_temperature,
             "pass@1": pass_at_1(correct),
             f"cons@{self.config.rl.eval_samples}": cons_at_k(answers, correct),
             "greedy": sum(outcome.greedy for outcome in outcomes) / len(outcomes),

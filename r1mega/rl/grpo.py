@@ -24,10 +24,7 @@ from r1mega.train.progress import ProgressPrinter, duration
 from r1mega.train.run_folder import CHECKPOINT_FOLDER
 from r1mega.train.schedule import check_pipeline
 
-FIELDS = (
-    ("reward", "reward", 3), ("accuracy", "reward/accuracy", 3), ("format", "reward/format", 3),
-    ("length", "response_length", 1), ("KL", "kl", 4), ("entropy", "entropy", 3),
-)  # fmt: skip
+FIELDS = (("format", "reward/format", 3), ("length", "response_length", 1), ("KL", "kl", 4), ("entropy", "entropy", 3))
 SHOWN = 2
 SHOWN_CHARACTERS = 300
 
@@ -143,7 +140,8 @@ def _train(trainer: GrpoTrainer) -> None:
     config, state = trainer.config, trainer.state
     folder = Path(config.train.output_dir)
     evaluator = Evaluator(config, trainer.experience) if config.rl.eval_prompts is not None else None
-    printer = ProgressPrinter(config.train.num_steps, fields=FIELDS, steps_per_line=config.rl.minibatches)
+    fields = (("reward", "reward", 3), ("accuracy", f"reward/{config.rl.reward.correct}", 3), *FIELDS)
+    printer = ProgressPrinter(config.train.num_steps, fields=fields, steps_per_line=config.rl.minibatches)
     if state.rank == 0:
         drop_after(folder, trainer.progress.step)
         drop_evaluations(folder, trainer.progress.step)
@@ -229,7 +227,8 @@ def _evaluate(evaluator: Evaluator, step: int, folder: Path, printer: ProgressPr
 
 def describe(record: dict) -> str:
     """An evaluation in words."""
-    parts = [f"pass@1 {record['pass@1']:.3f} at temperature, greedy {record['greedy']:.3f}"]
+    sampled = f"pass@1 {record['pass@1']:.3f} at temperature {record['temperature']:g}"
+    parts = [sampled, f"greedy {record['greedy']:.3f}"]
     parts += [f"{name} {value:.3f}" for name, value in record.items() if name.startswith("cons@")]
     parts += [f"{name} {record[name]:.3f}" for name in ("format",) if name in record]
     return ", ".join([*parts, f"{record['response_length']:.1f} tokens"])

@@ -19,14 +19,10 @@ from r1mega.rl.rollout.engine import Completion
 from tests.distributed.grpo_run import NAMES, REWARDS, Result, Seen, in_folder, make_config, result, run, write_data
 from tests.distributed.pool import PoolError
 
+# The parts under more layouts: test_rollout.py, test_grpo_same_numbers.py.
 LAYOUTS = {
     "dp2": (2, {}),
-    "ep2": (2, dict(ep=2)),
-    "tp2": (2, dict(tp=2)),
-    "pp2": (2, dict(pp=2)),
-    "pp2_zb_h1": (2, dict(pp=2, schedule="zb-h1")),
     "pp2_zbv": (2, dict(pp=2, schedule="zbv")),
-    "pp2_dualpipe": (2, dict(pp=2, schedule="dualpipe")),
     "pp2_dualpipe_ep2": (4, dict(pp=2, ep=2, schedule="dualpipe")),
     "tp2_ep4": (4, dict(tp=2, ep=4)),
 }

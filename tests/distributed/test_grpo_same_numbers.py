@@ -12,12 +12,8 @@ from r1mega.rl.options import LossOptions
 from tests.distributed.grpo_steps import Job, update
 
 LAYOUTS = {
-    "dp2": (2, {}),
-    "tp2": (2, dict(tp=2)),
-    "ep2": (2, dict(ep=2)),
     "pp2_gpipe": (2, dict(pp=2, schedule="gpipe")),
     "pp2_zb_h1_ep2": (4, dict(pp=2, ep=2, schedule="zb-h1")),
-    "pp2_zbv": (2, dict(pp=2, schedule="zbv")),
     "pp2_dualpipev_ep2": (4, dict(pp=2, ep=2, schedule="dualpipev")),
     "pp2_recompute": (2, dict(pp=2, recompute=True)),
     "tp2_pp2": (4, dict(tp=2, pp=2)),

@@ -75,8 +75,10 @@ def test_the_layout_does_not_change_a_greedy_token(pool, layout):
     assert_same(results, single(pool, "mla", GREEDY))
 
 
-@pytest.mark.parametrize("layout", ["pp2_ep2", "tp2_ep2", "tp2_pp2"])
-@pytest.mark.parametrize("model", ["mla_without_q_lora", "gqa", "dense"])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("mla_without_q_lora", "tp2_ep2"), ("gqa", "tp2_pp2"), ("gqa", "pp2_ep2"), ("dense", "tp2_pp2")],
+)
 def test_every_kind_of_model(pool, model, layout):
     world_size, parallel = LAYOUTS[layout]
     if model == "dense":

@@ -31,7 +31,7 @@ examples:
   python tools/make_prompts.py human_eval --output data/human_eval.jsonl
 
 The same command writes the same file (but for time_intervals, which uses today's date). Problems whose own scorer
-refuses the gold answer, or takes junk for it, are left out, and how many is said; tasks that have no others are refused.
+refuses the gold answer, or takes junk for it, are left out, and how many is said; some tasks are refused for it.
 """
 HUMAN_EVAL_REQUEST = "Complete this Python function. Give the whole function in one code block."
 _JUNK = ("", "junk", "0", "7 or 8")

@@ -216,6 +216,7 @@ class ModelConfig:
         num_mtp_layers: multi-token-prediction layers (DeepSeek-V3, section 2.2).
         mtp_loss_coefficient: weight of the MTP loss.
         tie_embeddings: the output head is the embedding.
+        value_head: a head of width 1 beside the output head, for PPO; no part of an export.
         norm_eps: epsilon of RMSNorm.
         init_std: standard deviation of the initial weights.
         max_position: longest context that the exported model claims.
@@ -232,6 +233,7 @@ class ModelConfig:
     num_mtp_layers: int = 0
     mtp_loss_coefficient: float = 0.3
     tie_embeddings: bool = False
+    value_head: bool = False
     norm_eps: float = 1e-6
     init_std: float = 0.02
     max_position: int = 4096

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from r1mega.config.checks import require, require_finite, require_not_negative, require_positive
-from r1mega.rl.options import AdvantageOptions, LossOptions
+from r1mega.rl.options import AdvantageOptions, LossOptions, PPOOptions
 
 
 @dataclass
@@ -78,6 +78,7 @@ class RLConfig:
     which are split at random into as many minibatches: one optimizer step each.
 
     Args:
+        algorithm: ``grpo`` compares a completion with its group; ``ppo`` with what a value head expects at each token.
         prompts: JSONL file of ``{"prompt": ..., "reference": ...}``; a run goes round in it.
         eval_prompts: prompts for evaluations; null evaluates nothing.
         template: what a prompt is wrapped in: ``plain`` (nothing), ``r1_zero`` (the paper's table 1), ``r1_chat``.
@@ -88,6 +89,9 @@ class RLConfig:
         temperature: of sampling, and of the objective's log-probabilities.
         top_p: sample from the most probable tokens that have this much probability together.
         max_rows: completions that a model replica generates at the same time; null means all.
+        cache: what multi-head latent attention keeps of a token in a rollout: its ``latent``, as DeepSeek-V2 does, or
+            ``expanded`` keys and values: many times the memory, but in bfloat16 they are rounded as in training, so
+            that log-probabilities agree to 1e-4. In float32 both agree to 1e-5.
         overlong: completions that were cut at ``max_new_tokens``: ``keep`` them as they are, or ``mask`` them: they
             count for their group's mean, but not in the loss (DAPO's overlong filtering).
         dynamic_sampling: how many times groups whose rewards are all equal are generated anew from other prompts
@@ -106,10 +110,12 @@ class RLConfig:
         engine: what generates: ``native`` (the training processes themselves), or ``vllm`` (a server that is started).
         vllm: the server.
         loss: the objective.
-        advantage: from rewards to advantages.
+        advantage: from rewards to advantages, for ``grpo``.
+        ppo: from rewards and values to advantages, for ``ppo``.
         reward: what is rewarded.
     """
 
+    algorithm: Literal["grpo", "ppo"] = "grpo"
     prompts: str | None = None
     eval_prompts: str | None = None
     template: Literal["plain", "r1_zero", "r1_chat"] = "plain"
@@ -120,6 +126,7 @@ class RLConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_rows: int | None = None
+    cache: Literal["latent", "expanded"] = "latent"
     overlong: Literal["keep", "mask"] = "keep"
     dynamic_sampling: int = 0
     pack: bool = False
@@ -135,6 +142,7 @@ class RLConfig:
     vllm: VllmConfig = field(default_factory=VllmConfig)
     loss: LossOptions = field(default_factory=LossOptions)
     advantage: AdvantageOptions = field(default_factory=AdvantageOptions)
+    ppo: PPOOptions = field(default_factory=PPOOptions)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Of a tile of logits. Smaller ones stay in a CPU's cache, but each chunk reads the weight and its gradient anew.
 TILE_BYTES, TILE_BYTES_OF_GPU = 1 << 25, 1 << 30
-SMALLEST_CHUNK = 16
+SMALLEST_CHUNK, SMALLEST_PART = 16, 64
 
 
 @dataclass
@@ -156,15 +156,17 @@ class Chunks:
             self.grad_weight = policy_tile.add_weight_gradient(self.grad_weight, grad_KV, hidden_CH, self.wide)
 
 
-def default_chunk(vocab: int, hidden: Tensor) -> int:
-    """Tokens whose logits are a tile of 32 MiB on a CPU and 1 GiB on a GPU.
+def default_chunk(vocab: int, hidden_TH: Tensor) -> int:
+    """Tokens whose logits are a tile of at most 32 MiB, and an eighth of all logits, on a CPU; of 1 GiB on a GPU.
 
     Args:
         vocab: this rank's part.
-        hidden: tells type and device.
+        hidden_TH: tells number of tokens, type and device.
     """
-    num_bytes = max(hidden.element_size(), 4) * max(vocab, 1)
-    return max(SMALLEST_CHUNK, (TILE_BYTES_OF_GPU if hidden.is_cuda else TILE_BYTES) // num_bytes)
+    bytes_each = max(hidden_TH.element_size(), 4) * max(vocab, 1)
+    if hidden_TH.is_cuda:
+        return max(SMALLEST_CHUNK, TILE_BYTES_OF_GPU // bytes_each)
+    return max(SMALLEST_CHUNK, min(TILE_BYTES // bytes_each, max(len(hidden_TH) // 8, SMALLEST_PART)))
 
 
 def differentiate(

@@ -28,10 +28,12 @@ from r1mega.kernels.policy_chunks import Chunks, Losses
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """Args:
-    loss: scalar, the sum over the tokens that the mask keeps; the only one that is differentiable.
-    log_probs_T: ``[T]``, of the targets; 0 where the mask leaves a token out.
-    entropy_T: ``[T]``, of the distribution over the whole vocabulary; 0 where the mask leaves a token out.
+    """What :func:`policy_head` returns.
+
+    Args:
+        loss: scalar, the sum over the tokens that the mask keeps; the only one that is differentiable.
+        log_probs_T: ``[T]``, of the targets; 0 where the mask leaves a token out.
+        entropy_T: ``[T]``, of the distribution over the whole vocabulary; 0 where the mask leaves a token out.
     """
 
     loss: Tensor

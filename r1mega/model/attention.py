@@ -73,16 +73,23 @@ class LatentAttention(nn.Module):
         key_value = self.kv_b_proj(latent).view(-1, length, self.heads, self.nope_dim + self.v_dim)
         key_nope, value = key_value.split([self.nope_dim, self.v_dim], dim=-1)
         key_rope = rotate(key_rope.reshape(-1, length, 1, self.rope_dim), cos, sin, interleaved=True)
-        if isinstance(sequences.cache, PromptStep):
-            sequences.cache.keep(self.layer, torch.cat([latent, key_rope.view(-1, self.rope_dim)], dim=-1))
         key = torch.cat([key_nope, key_rope.expand(-1, -1, self.heads, -1)], dim=-1)
+        if isinstance(sequences.cache, PromptStep):
+            latent_entry = latent, key_rope.view(-1, self.rope_dim)
+            entry = (
+                latent_entry
+                if sequences.cache.absorbs
+                else (key.flatten(0, 1).flatten(1), value.flatten(2).flatten(0, 1))
+            )
+            sequences.cache.keep(self.layer, torch.cat(entry, dim=-1))
         out = _attend(query, key, value, self.scale, sequences.packed)
         return reduce_scatter_tokens(self.o_proj(out), self.group)
 
-    @property
-    def entry_width(self) -> int:
-        """Numbers that the cache keeps of a token: the latent and the rotated key, the same on all ranks."""
-        return self.kv_rank + self.rope_dim
+    def entry_width(self, absorbs: bool) -> int:
+        """Numbers that the cache keeps of a token: the latent and the rotated key; or keys and values of the heads."""
+        if absorbs:
+            return self.kv_rank + self.rope_dim
+        return self.heads * (self.nope_dim + self.rope_dim + self.v_dim)
 
     def _project(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of all ranks' tokens: queries ``[T, N, nope + rope]``, normed latents and the keys that are to be rotated."""
@@ -98,25 +105,46 @@ class LatentAttention(nn.Module):
         return query.view(-1, self.heads, self.nope_dim + self.rope_dim), latent, key_rope
 
     def _decode(self, query: Tensor, latent: Tensor, key_rope: Tensor, cache: DecodeStep) -> Tensor:
-        """One token a row: all heads attend to the entries as they are (DeepSeek-V2, section 2.1.2).
-
-        Instead of keys and values of every old token, the queries are brought to the latent space by the key half of
-        ``kv_b_proj``, and the sums of latents from there by its value half.
-        """
+        """One token a row."""
         cos, sin = cache.rotation(self.rotary, query.dtype)
         query_nope, query_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
         query_rope, key_rope = (
             rotate(part.unsqueeze(0), cos, sin, interleaved=True)[0] for part in (query_rope, key_rope.unsqueeze(1))
         )
+        attend = self._attend_to_latents if cache.absorbs else self._attend_to_keys
+        return reduce_scatter_tokens(self.o_proj(attend(query_nope, query_rope, latent, key_rope, cache)), self.group)
+
+    def _attend_to_latents(
+        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor, cache: DecodeStep
+    ) -> Tensor:
+        """All heads attend to the entries as they are (DeepSeek-V2, section 2.1.2).
+
+        Instead of keys and values of every old token, the queries are brought to the latent space by the key half of
+        ``kv_b_proj``, and the sums of latents from there by its value half.
+        """
         entries = cache.add(self.layer, torch.cat([latent, key_rope.squeeze(1)], dim=-1))
         weight = local(self.kv_b_proj.weight).view(self.heads, self.nope_dim + self.v_dim, self.kv_rank)
         to_latent, to_value = weight.split([self.nope_dim, self.v_dim], dim=1)
         query_latent = torch.bmm(query_nope.transpose(0, 1), to_latent).transpose(0, 1)
         query = torch.cat([query_latent, query_rope], dim=-1).unsqueeze(1)
         entries = entries.unsqueeze(1)
-        out = attention_over_cache(query, entries, entries[..., : self.kv_rank], cache.mask, self.scale)
-        out = torch.bmm(out.squeeze(1).transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
-        return reduce_scatter_tokens(self.o_proj(out.flatten(1)), self.group)
+        out = attention_over_cache(query, entries, entries[..., : self.kv_rank], cache.mask, self.scale, cache.scratch)
+        return torch.bmm(out.squeeze(1).transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+    def _attend_to_keys(
+        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, key_rope: Tensor, cache: DecodeStep
+    ) -> Tensor:
+        """Every head attends to its own keys, with the products that training makes, which round as they do there."""
+        new = self.kv_b_proj(latent).unflatten(1, (self.heads, -1))
+        key_nope, value = new.split([self.nope_dim, self.v_dim], dim=-1)
+        key = torch.cat([key_nope, key_rope.expand(-1, self.heads, -1)], dim=-1)
+        entries = cache.add(self.layer, torch.cat([key.flatten(1), value.flatten(1)], dim=-1))
+        keys, values = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in entries.split([self.heads * (self.nope_dim + self.rope_dim), self.heads * self.v_dim], dim=2)
+        )
+        query = torch.cat([query_nope, query_rope], dim=-1).unsqueeze(2)
+        return attention_over_cache(query, keys, values, cache.mask, self.scale, cache.scratch).flatten(1)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -161,8 +189,7 @@ class GroupedQueryAttention(nn.Module):
         out = _attend(query, key, value, self.scale, sequences.packed)
         return reduce_scatter_tokens(self.o_proj(out), self.group)
 
-    @property
-    def entry_width(self) -> int:
+    def entry_width(self, absorbs: bool) -> int:
         """Numbers that the cache keeps of a token: keys and values of this rank's heads."""
         return 2 * self.kv_heads * self.head_dim
 
@@ -171,7 +198,7 @@ class GroupedQueryAttention(nn.Module):
         entries = cache.add(self.layer, torch.cat([key, value], dim=1).flatten(1))
         keys, values = entries.unflatten(2, (2, self.kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         query = query.unflatten(1, (self.kv_heads, -1))
-        out = attention_over_cache(query, keys, values, cache.mask, self.scale)
+        out = attention_over_cache(query, keys, values, cache.mask, self.scale, cache.scratch)
         return reduce_scatter_tokens(self.o_proj(out.flatten(1)), self.group)
 
 

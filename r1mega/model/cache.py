@@ -1,7 +1,8 @@
 """What decoding keeps of the tokens it has seen: one entry a token and layer, and how attention reaches it.
 
-An entry is what the kind of attention needs of an old token, side by side: the compressed latent and the rotated shared
-key of MLA, keys and values of grouped-query attention. Attention is handed one of two views by its :class:`Sequences`:
+An entry is what the kind of attention needs of an old token, side by side: keys and values of grouped-query attention;
+of MLA the compressed latent and the rotated shared key, where the projections of keys and values are absorbed in those
+of queries and results, or else its keys and values, too. Attention is handed one of two views (``Sequences.cache``):
 :class:`PromptStep` while prompts are read (attention is the training forward's, and its entries are kept for each
 completion of the prompt), :class:`DecodeStep` when each row goes one token further.
 
@@ -15,9 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from r1mega.kernels.scratch import Scratch
 from r1mega.model.rope import RotaryTable
 
 GROWTH = 64  # positions
+# Lengths in bfloat16: the CPU's attention rounds otherwise what stands after the last multiple of this.
+ALIGNMENT = 16
 
 
 class Cache:
@@ -29,12 +33,21 @@ class Cache:
         width: W.
         dtype: of the entries.
         device: where they are.
+        absorbs: what MLA keeps.
     """
 
     def __init__(
-        self, layers: Sequence[int], num_rows: int, width: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        layers: Sequence[int],
+        num_rows: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        absorbs: bool = True,
     ) -> None:
+        self.absorbs = absorbs
         self._places = {layer: place for place, layer in enumerate(layers)}
+        self.scratch = Scratch()
         self.entries = torch.zeros(len(layers), num_rows, 0, width, dtype=dtype, device=device)
 
     @property
@@ -50,6 +63,10 @@ class Cache:
             grown = self.entries.new_zeros(num_layers, num_rows, -(-wanted // GROWTH) * GROWTH, width)
             grown[:, :, :before] = self.entries
             self.entries = grown
+
+    def aligned(self, length: int) -> int:
+        """``length`` or a little more, so that attention rounds as in training, whose lengths are aligned, too."""
+        return length + -length % ALIGNMENT if self.entries.dtype.itemsize < 4 else length
 
     def layer(self, layer: int) -> Tensor:
         """``[R, S, W]`` of the layer with this global index."""
@@ -73,6 +90,7 @@ class PromptStep:
     def __init__(self, cache: Cache, length: int, prompts: Tensor, first_row: int) -> None:
         cache.reserve(length)
         self._cache, self._length, self._prompts = cache, length, prompts
+        self.absorbs = cache.absorbs
         self._rows = slice(first_row, first_row + prompts.shape[0])
 
     def keep(self, layer: int, entries_TW: Tensor) -> None:
@@ -91,9 +109,10 @@ class DecodeStep:
     """
 
     def __init__(self, cache: Cache, positions: Tensor, length: int) -> None:
+        length = cache.aligned(length)
         cache.reserve(length)
         self._cache, self._positions, self._length = cache, positions, length
-        self.num_rows = positions.shape[0]
+        self.num_rows, self.scratch, self.absorbs = positions.shape[0], cache.scratch, cache.absorbs
         self._places = torch.arange(self.num_rows, device=positions.device) * cache.length + positions
         self._rotations: dict[int, tuple[Tensor, Tensor]] = {}
         unseen = torch.arange(length, device=positions.device) > positions.unsqueeze(1)

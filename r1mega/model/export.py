@@ -16,7 +16,7 @@ from r1mega.model.huggingface_config import CONFIG_FILE, from_huggingface, read_
 from r1mega.model.huggingface_config_writer import to_huggingface
 from r1mega.model.huggingface_difference import first_difference
 from r1mega.model.huggingface_files import INDEX_FILE, SINGLE_FILE, check_entries, read_entries
-from r1mega.model.huggingface_names import copied_tensors, matrices, parameter_shapes, to_huggingface_name
+from r1mega.model.huggingface_names import VALUE_HEAD, copied_tensors, matrices, parameter_shapes, to_huggingface_name
 from r1mega.model.huggingface_tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def huggingface_tensors(
     shapes = parameter_shapes(config)
     missing = dict(shapes)
     for name, tensor in tensors:
-        if config.tie_embeddings and name == "lm_head.weight":
+        if name == VALUE_HEAD or (config.tie_embeddings and name == "lm_head.weight"):
             continue
         if missing.pop(name, None) is None:
             raise ConfigError(f"the run's checkpoint holds {name}, which the model of its config.yaml has no place for")

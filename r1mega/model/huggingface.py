@@ -12,7 +12,7 @@ from r1mega.config import ConfigError, ModelConfig, MoEConfig
 from r1mega.model.huggingface_config import CONFIG_FILE, from_huggingface, read_config
 from r1mega.model.huggingface_difference import TRAINING_SETTINGS, first_difference
 from r1mega.model.huggingface_files import Entry, TensorReader, check_entries, read_entries
-from r1mega.model.huggingface_names import to_huggingface_name
+from r1mega.model.huggingface_names import VALUE_HEAD, to_huggingface_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -108,7 +108,9 @@ def load_huggingface(
     with TensorReader(folder, entries) as reader, torch.no_grad():
         for done, (name, tensor) in enumerate(tensors.items(), start=1):
             shard, slices = local(tensor), local_slices(tensor)
-            if shard.numel():
+            if name == VALUE_HEAD:
+                shard.zero_()  # no checkpoint has one: it begins by expecting nothing
+            elif shard.numel():
                 for here, index in local_matrices(slices):
                     shard[here].copy_(reader.read(to_huggingface_name(name, config, index), slices[-2:]))
             if progress is not None:

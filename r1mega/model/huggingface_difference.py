@@ -9,7 +9,8 @@ from r1mega.config import ModelConfig, RopeConfig
 
 # Settings of a training run; a checkpoint neither has them nor depends on them.
 TRAINING_SETTINGS = frozenset(
-    {"checkpoint", "init_std", "max_position", "mtp_loss_coefficient"}
+    {"checkpoint", "init_std", "max_position", "mtp_loss_coefficient", "value_head"}
+    | {"wire", "chunks", "recompute"}
     | {"bias_update_rate", "aux_loss_coefficient", "z_loss_coefficient"}
     | {"capacity_factor", "pad_to_capacity", "force_balance"}
 )

@@ -22,6 +22,7 @@ _MTP_NAMES = {"norm.weight": "shared_head.norm.weight"}
 _MTP_OWN = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _GATE_UP = ("gate_proj", "up_proj")
+VALUE_HEAD = "value_head.weight"  # of PPO; no checkpoint of Hugging Face's has one
 _HF_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 

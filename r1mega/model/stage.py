@@ -54,6 +54,9 @@ class Stage(nn.Module):
         self.norm = RMSNorm(hidden, config.norm_eps, dtype, device) if has_norm else None
         self.mtp = nn.ModuleDict({str(i): MTPLayer(config, i, state, dtype, device) for i in placed["m"]})
         self.lm_head = Linear(hidden, vocab, state, "column", dtype=dtype, device=device) if self.is_last else None
+        self.value_head = None
+        if self.is_last and config.value_head:
+            self.value_head = Linear(hidden, 1, state, None, dtype=dtype, device=device)
         if self.lm_head is not None and self.embed_tokens is not None and config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 

@@ -43,6 +43,8 @@ def read_completions(folder: str | Path) -> Iterator[dict]:
 
 def drop_after(folder: Path, step: int) -> None:
     """Remove the completions of steps after ``step``, which a run that goes on from there makes again."""
+    for path in (folder / FOLDER).glob(".step_*.tmp"):  # of a process that was killed
+        path.unlink()
     for path in (folder / FOLDER).glob("step_*.jsonl.gz"):
         if _step(path) > step:
             path.unlink()

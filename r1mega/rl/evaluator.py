@@ -15,7 +15,7 @@ from r1mega.rl.experience import Experience, Group
 from r1mega.rl.prompts import read_prompts
 from r1mega.rl.rewards.answers import extract_answer
 from r1mega.rl.rollout.engine import Sampling
-from r1mega.train.metrics import read_metrics
+from r1mega.train.metrics import read_metrics, truncate
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 KEYS = 1 << 50  # far from those of training, and the same in each evaluation: differences are the policy's
@@ -82,6 +82,7 @@ class Evaluator:
             "step": step,
             "prompts": len(outcomes),
             "samples": self.config.rl.eval_samples,
+            "temperature": self.config.rl.eval_temperature,
             "pass@1": pass_at_1(correct),
             f"cons@{self.config.rl.eval_samples}": cons_at_k(answers, correct),
             "greedy": sum(outcome.greedy for outcome in outcomes) / len(outcomes),
@@ -96,6 +97,11 @@ class Evaluator:
 def read_evaluations(folder: Path) -> list[dict]:
     """The records of the run in ``folder``."""
     return read_metrics(folder / EVALUATIONS_FILE)
+
+
+def drop_evaluations(folder: Path, step: int) -> None:
+    """Remove the records of steps after ``step``, which a run that goes on from there makes again."""
+    truncate(folder / EVALUATIONS_FILE, step)
 
 
 def keep_evaluation(folder: Path, record: dict[str, int | float]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future
+import re
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from r1mega.config import Config
+from r1mega.config import Config, ConfigError
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.parallel_state import ParallelState
 from r1mega.rl import rewards
@@ -18,7 +20,8 @@ from r1mega.rl.prompts import Prompt, apply_template, prompt_index, read_prompts
 from r1mega.rl.rollout.engine import Completion, Request, RolloutEngine, Sampling
 from r1mega.rl.samples import Sample
 
-ROUND = 1 << 40  # keys of a round of dynamic sampling are this far from those of the round before
+WAIT_SECONDS = 60.0  # ranks that wait for rewards hear from the others so often, which no timeout takes for a loss
+ROUND = 1 << 40  # places in the run of a round of dynamic sampling are this far from those of the round before
 
 
 @dataclass
@@ -56,7 +59,6 @@ class Experience:
         state: the layout's groups. The first rank of each model replica (``tp_pp``) computes its rewards.
         engine: what generates.
         tokenizer: of the model.
-        reward_names: rewards to compute; None for those of the run.
     """
 
     def __init__(self, config: Config, state: ParallelState, engine: RolloutEngine, tokenizer: Tokenizer) -> None:
@@ -75,9 +77,8 @@ class Experience:
         groups: dict[int, Group] = {}
         wanted = list(mine)
         for attempt in range(rl.dynamic_sampling + 1):
-            ahead = attempt * self._prompts_of_the_run()
-            prompts = [self._prompt(ahead + first + place) for place in wanted]
             keys = [attempt * ROUND + first + place for place in wanted]
+            prompts = [self._prompt(key) for key in keys]
             sampling = self._sampling(rl.temperature, rl.top_p)
             found = self.generate(prompts, keys, rl.group_size, sampling)
             groups |= {place: _with_place(group, place) for place, group in zip(wanted, found, strict=True)}
@@ -105,6 +106,7 @@ class Experience:
                 futures[completion.key, completion.sample] = self.pool.submit(sample)
 
         completions = self.engine.generate(requests, sampling, submit)
+        self._wait_for(futures.values())
         scores = [futures[c.key, c.sample].result() for c in completions] if self.pool is not None else []
         totals = self._share([score.total for score in scores], len(completions))
         groups = []
@@ -123,7 +125,7 @@ class Experience:
                         index=group.place * rl.group_size + i,
                         prompt=completion.prompt,
                         tokens=completion.tokens,
-                        advantage=advantage,
+                        advantage=advantage if rl.algorithm == "grpo" else group.totals[i],
                         rollout_log_probs=completion.log_probs,
                         in_loss=completion.finished or rl.overlong == "keep",
                         experts=completion.experts or {},
@@ -169,6 +171,11 @@ class Experience:
             group.advantages = found.advantages[i].tolist()
             group.std, group.is_flat = float(found.std[i]), bool(found.flat[i])
 
+    def _wait_for(self, futures: Collection[Future[rewards.Scores]]) -> None:
+        """Until all ranks have their rewards, which may take longer than a message is waited for."""
+        while self._anywhere(bool(wait(futures, timeout=WAIT_SECONDS).not_done)):
+            pass
+
     def _share(self, totals: list[float], count: int) -> list[float]:
         """The leader's rewards on all ranks of its model replica."""
         if self.state.size("tp_pp") == 1:
@@ -176,9 +183,6 @@ class Experience:
         values = torch.tensor(totals if totals else [0.0] * count, dtype=torch.float64, device=self.state.device)
         dist.broadcast(values, src=self.state.ranks("tp_pp")[0], group=self.state.group("tp_pp"))
         return values.tolist()
-
-    def _prompts_of_the_run(self) -> int:
-        return self.config.train.num_steps // self.config.rl.minibatches * num_prompts(self.config)
 
     def _anywhere(self, value: bool) -> bool:
         flag = torch.tensor([int(value)], device=self.state.device)
@@ -194,9 +198,19 @@ def num_prompts(config: Config) -> int:
 def reward_options(config: Config) -> rewards.RewardOptions:
     """The settings of the rewards, checked. Raises :class:`r1mega.config.ConfigError`."""
     reward = config.rl.reward
-    return rewards.RewardOptions(
-        reward.names, reward.weights or [], reward.arguments, reward.time_limit, reward.memory_limit
-    )
+    with with_names_of_settings():
+        return rewards.RewardOptions(
+            reward.names, reward.weights or [], reward.arguments, reward.time_limit, reward.memory_limit
+        )
+
+
+@contextmanager
+def with_names_of_settings() -> Iterator[None]:
+    """Errors of rewards, which know nothing of a run, with the names that the settings have there."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"^rewards\.", "rl.reward.", str(error))) from error
 
 
 def _with_place(group: Group, place: int) -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from r1mega.config import Config, ConfigError, require
@@ -11,8 +12,8 @@ from r1mega.kernels import native
 from r1mega.model.huggingface import resolve_model_config
 from r1mega.parallel_state import Layout, ParallelState
 from r1mega.rl.completions import drop_after, write_completions
-from r1mega.rl.evaluator import Evaluator, keep_evaluation, read_evaluations
-from r1mega.rl.experience import Experience, Group, num_prompts, reward_options
+from r1mega.rl.evaluator import Evaluator, drop_evaluations, keep_evaluation, read_evaluations
+from r1mega.rl.experience import Experience, Group, num_prompts, reward_options, with_names_of_settings
 from r1mega.rl.prompts import apply_template, read_prompts
 from r1mega.rl.rewards import check_rewards
 from r1mega.rl.trainer import GrpoTrainer
@@ -23,10 +24,7 @@ from r1mega.train.progress import ProgressPrinter, duration
 from r1mega.train.run_folder import CHECKPOINT_FOLDER
 from r1mega.train.schedule import check_pipeline
 
-FIELDS = (
-    ("reward", "reward", 3), ("accuracy", "reward/accuracy", 3), ("format", "reward/format", 3),
-    ("length", "response_length", 1), ("KL", "kl", 4), ("entropy", "entropy", 3),
-)  # fmt: skip
+FIELDS = (("format", "reward/format", 3), ("length", "response_length", 1), ("KL", "kl", 4), ("entropy", "entropy", 3))
 SHOWN = 2
 SHOWN_CHARACTERS = 300
 
@@ -52,7 +50,8 @@ def check_settings(config: Config, world_size: int) -> Config:
     """
     rl = config.rl
     model = resolve_model_config(config.model)
-    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, bias_update_rate=rl.bias_update_rate))
+    moe = dataclasses.replace(model.moe, bias_update_rate=rl.bias_update_rate)
+    model = dataclasses.replace(model, value_head=rl.algorithm == "ppo", moe=moe)
     length = rl.max_tokens + -rl.max_tokens % config.parallel.tp
     tokenizer = config.data.tokenizer or config.model.checkpoint
     data = dataclasses.replace(config.data, sequence_length=length, tokenizer=tokenizer)
@@ -110,7 +109,8 @@ def _check_files(config: Config) -> None:
     what_fits = f"must be at least {tokenizer.vocab_size}, the size of data.tokenizer ({config.data.tokenizer})"
     require(tokenizer.vocab_size <= config.model.vocab_size, "model.vocab_size", config.model.vocab_size, what_fits)
     options = reward_options(config)
-    check_rewards(options)
+    with with_names_of_settings():
+        check_rewards(options)
     for name, path in (("rl.prompts", rl.prompts), ("rl.eval_prompts", rl.eval_prompts)):
         if path is not None:
             _check_prompts(name, path, config, tokenizer, options.needs())
@@ -121,18 +121,30 @@ def _check_prompts(name: str, path: str, config: Config, tokenizer: Tokenizer, n
     longest = config.rl.max_prompt_tokens
     for prompt in read_prompts([path], needs, name):
         length = len(tokenizer.encode(apply_template(config.rl.template, prompt.prompt), bos=True))
+        if length == 0:
+            raise ConfigError(f"{name}={path}: data.tokenizer makes no token of the prompt {prompt.prompt[:40]!r}")
         what_fits = f"must be at least {length}, the tokens of a prompt of {name} ({prompt.prompt[:40]!r}...)"
         require(length <= longest, "rl.max_prompt_tokens", longest, what_fits)
 
 
 def run(config: Config, state: ParallelState, checkpoint: Path | None) -> None:
     """Train to the last step, then report. A collective call."""
-    folder = Path(config.train.output_dir)
     trainer = GrpoTrainer(config, state, checkpoint)
+    try:
+        _train(trainer)
+    finally:  # the threads of the pool would keep a failed run waiting for rewards that nobody wants
+        trainer.experience.close()
+
+
+def _train(trainer: GrpoTrainer) -> None:
+    config, state = trainer.config, trainer.state
+    folder = Path(config.train.output_dir)
     evaluator = Evaluator(config, trainer.experience) if config.rl.eval_prompts is not None else None
-    printer = ProgressPrinter(config.train.num_steps, fields=FIELDS, steps_per_line=config.rl.minibatches)
+    fields = (("reward", "reward", 3), ("accuracy", f"reward/{config.rl.reward.correct}", 3), *FIELDS)
+    printer = ProgressPrinter(config.train.num_steps, fields=fields, steps_per_line=config.rl.minibatches)
     if state.rank == 0:
         drop_after(folder, trainer.progress.step)
+        drop_evaluations(folder, trainer.progress.step)
         writer = MetricsWriter(folder, trainer.progress.step)
         _announce(trainer, printer)
     if evaluator is not None and trainer.progress.step == 0:
@@ -147,6 +159,7 @@ def run(config: Config, state: ParallelState, checkpoint: Path | None) -> None:
         if state.rank == 0:
             writer.write(metrics)
             printer.step(metrics)
+            _warn_of_failures(step, metrics, groups, printer)
             if _is_due(config.rl.show_interval, first, step, config, at_end=False):
                 _show(step, groups, trainer.experience, printer)
         if evaluator is not None and _is_due(config.rl.eval_interval, first, step, config):
@@ -155,7 +168,7 @@ def run(config: Config, state: ParallelState, checkpoint: Path | None) -> None:
             if state.rank == 0:
                 writer.sync()
             trainer.save()
-    trainer.close()
+    trainer.finish()
     if state.rank == 0:
         writer.close()
         _report(config, folder)
@@ -214,10 +227,24 @@ def _evaluate(evaluator: Evaluator, step: int, folder: Path, printer: ProgressPr
 
 def describe(record: dict) -> str:
     """An evaluation in words."""
-    parts = [f"pass@1 {record['pass@1']:.3f} at temperature, greedy {record['greedy']:.3f}"]
+    sampled = f"pass@1 {record['pass@1']:.3f} at temperature {record['temperature']:g}"
+    parts = [sampled, f"greedy {record['greedy']:.3f}"]
     parts += [f"{name} {value:.3f}" for name, value in record.items() if name.startswith("cons@")]
     parts += [f"{name} {record[name]:.3f}" for name in ("format",) if name in record]
     return ", ".join([*parts, f"{record['response_length']:.1f} tokens"])
+
+
+def _warn_of_failures(
+    step: int, metrics: Mapping[str, int | float], groups: Sequence[Group], printer: ProgressPrinter
+) -> None:
+    """Rewards that failed count as 0, which must not go unseen."""
+    prefix = "reward_failures/"
+    for name, count in metrics.items():
+        if name.startswith(prefix) and count:
+            reward = name.removeprefix(prefix)
+            found = (score.failures[reward] for g in groups for score in g.scores if reward in score.failures)
+            why = next(found, "on another rank; see completions")
+            printer.message(f"  step {step}: reward {reward} failed {count:.0f} times and counted as 0: {_plain(why)}")
 
 
 def _show(step: int, groups: list[Group], experience: Experience, printer: ProgressPrinter) -> None:
@@ -225,8 +252,14 @@ def _show(step: int, groups: list[Group], experience: Experience, printer: Progr
     for group in groups[:SHOWN]:
         text = experience.decode(group.completions[0])
         rewards = " ".join(f"{name}={value:g}" for name, value in group.scores[0].by_name.items())
-        shown = " ".join(f"{group.prompt.prompt}{text}".split())[:SHOWN_CHARACTERS]
+        shown = _plain(f"{group.prompt.prompt}{text}")
         printer.message(f"  sample of step {step}: {shown}  [{rewards}, reference {group.prompt.reference}]")
+
+
+def _plain(text: str) -> str:
+    """One line, without what a terminal would take for a command."""
+    line = " ".join(text.split())[:SHOWN_CHARACTERS]
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
 
 
 def _report(config: Config, folder: Path) -> None:
@@ -234,7 +267,7 @@ def _report(config: Config, folder: Path) -> None:
     from r1mega.rl.pictures import plot_run
 
     metrics, records = read_metrics(folder / METRICS_FILE), read_evaluations(folder)
-    pictures = plot_run(metrics, records, folder)
+    pictures = plot_run(metrics, records, folder, correct=f"reward/{config.rl.reward.correct}")
     seconds = sum(line["step_seconds"] for line in metrics)
     lines = [f"done: {config.train.num_steps} steps in {duration(seconds)}"]
     if records:

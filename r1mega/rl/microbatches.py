@@ -29,7 +29,7 @@ class Form:
 
     Args:
         pack: one row with a sequence behind the other; else a row each, padded to the longest.
-        multiple: T is a multiple of this (the tensor-parallel size).
+        multiple: lengths of rows are a multiple of this, which the tensor-parallel size divides.
         dtype: of log-probabilities.
         device: where the tensors go.
     """
@@ -97,12 +97,10 @@ class Microbatch:
     def _experts(self, layers: Sequence[int]) -> ExpertRecord:
         choices = {}
         for layer in layers:
-            if any(layer not in sample.experts for sample in self.samples):
-                raise ReplayError(f"layer {layer}: the rollout recorded no expert choices for it")
-            some = self.samples[0].experts[layer]
-            whole = some.new_full((self.shape[0] * self.shape[1], some.shape[1]), NO_RECORD)
-            for start, sample in zip(self._starts, self.samples, strict=True):
-                whole[start : start + sample.num_inputs] = sample.experts[layer]
+            rows = [_recorded(sample, layer) for sample in self.samples]
+            whole = rows[0].new_full((self.shape[0] * self.shape[1], rows[0].shape[1]), NO_RECORD)
+            for start, part in zip(self._starts, rows, strict=True):
+                whole[start : start + len(part)] = part
             choices[layer] = whole
         return ExpertRecord(choices)
 
@@ -144,6 +142,17 @@ class Microbatch:
         whole = torch.zeros(self.shape[0] * self.shape[1], dtype=dtype)
         whole[self._places] = torch.cat(values).to(dtype)
         return whole.view(self.shape).to(self._form.device)
+
+
+def _recorded(sample: Sample, layer: int) -> Tensor:
+    """The experts of a sample's tokens in ``layer``. Raises :class:`ReplayError` where any is missing."""
+    rows = sample.experts.get(layer)
+    if rows is None:
+        raise ReplayError(f"layer {layer}: the rollout recorded no expert choices for it")
+    if rows.shape[0] != sample.num_inputs or bool((rows < 0).any()):
+        known = int((rows >= 0).all(dim=1).sum())
+        raise ReplayError(f"layer {layer}: expert choices of {known} tokens were recorded, not of {sample.num_inputs}")
+    return rows
 
 
 class Head:

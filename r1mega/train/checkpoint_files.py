@@ -106,6 +106,8 @@ FIXED_SETTINGS = (
     "rl.prompts", "rl.template", "rl.group_size", "rl.minibatches",
 )  # fmt: skip
 FREE_SETTINGS = ("model.checkpoint",)
+# RL derives it from the longest prompt and completion, which may grow, and from parallel.tp.
+FREE_IN_RL = ("data.sequence_length",)
 
 
 def first_difference(there: dict, here: dict) -> tuple[str, object, object] | None:
@@ -114,9 +116,12 @@ def first_difference(there: dict, here: dict) -> tuple[str, object, object] | No
     A setting that is in one of the two only is younger, or older, than the checkpoint and tells no difference.
     """
     flat_there, flat_here = _flatten(there), _flatten(here)
+    free: tuple[str, ...] = FREE_SETTINGS
+    if flat_here.get("rl.prompts") is not None and flat_there.get("rl.prompts") is not None:
+        free += FREE_IN_RL
     for name in (name for name in flat_here if name in flat_there):
         fixed = any(name == setting or name.startswith(f"{setting}.") for setting in FIXED_SETTINGS)
-        if fixed and name not in FREE_SETTINGS and flat_there[name] != flat_here[name]:
+        if fixed and name not in free and flat_there[name] != flat_here[name]:
             return name, flat_there[name], flat_here[name]
     return None
 

@@ -12,9 +12,10 @@ from r1mega.config import Config, DataConfig, ModelConfig, OptimizerConfig, Para
 from r1mega.optim.gradients import Gradients
 from r1mega.parallel_state import Layout, ParallelState
 from r1mega.pipeline.actions import Kind
+from r1mega.rl.critic import PPOHead
 from r1mega.rl.loss_metrics import merge_metrics
 from r1mega.rl.microbatches import Form, Microbatch, ObjectiveHead
-from r1mega.rl.options import LossOptions
+from r1mega.rl.options import LossOptions, PPOOptions
 from r1mega.rl.samples import Sample
 from r1mega.train.learner import Learner
 from tests.distributed.training import Report, _merge, _sum_over_ranks, tiny_model
@@ -44,6 +45,7 @@ class Job:
     temperature: float = 0.7
     dtype: str = "float64"
     num_steps: int = 2
+    ppo: bool = False
     sabotage: Callable[[Gradients], None] | None = None
 
 
@@ -65,14 +67,16 @@ def samples(model: ModelConfig) -> list[Sample]:
         log_probs = [-3 + torch.randn(num_tokens, generator=chance, dtype=torch.float64) for _ in range(3)]
         advantage = 0.0 if index == 5 else float(torch.randn((), generator=chance))
         prompt, tokens = integers(model.vocab_size, num_prompt), integers(model.vocab_size, num_tokens)
-        found.append(Sample(index, prompt, tokens, advantage, log_probs[0], index != 3, experts, *log_probs[1:]))
+        values = [torch.randn(num_tokens, generator=chance, dtype=torch.float64) for _ in range(2)]
+        more = [*log_probs[1:], *values]
+        found.append(Sample(index, prompt, tokens, advantage, log_probs[0], index != 3, experts, *more))
     return found
 
 
 def update(rank: int, world_size: int, job: Job) -> Report:
     """Optimizer steps on the same samples; the report of rank 0 is the whole truth."""
     config = Config(
-        model=job.model,
+        model=dataclasses.replace(job.model, value_head=job.ppo),
         parallel=job.parallel,
         data=DataConfig(sequence_length=MAX_TOKENS + -MAX_TOKENS % job.parallel.tp),
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=0, clip_grad=0.5),
@@ -105,7 +109,7 @@ def update(rank: int, world_size: int, job: Job) -> Report:
 
     learner.gradients.norm = keep_and_norm
     for number in range(1, job.num_steps + 1):
-        heads = [ObjectiveHead(microbatch, job.options, job.temperature, normalizer) for microbatch in microbatches]
+        heads = [head_of(microbatch, job, normalizer, learner) for microbatch in microbatches]
         batches = [
             microbatch.batch(head, layers[i] if job.replay else [])
             for i, (microbatch, head) in enumerate(zip(microbatches, heads, strict=True))
@@ -123,6 +127,14 @@ def update(rank: int, world_size: int, job: Job) -> Report:
         learner.update_router_bias()
     report.parameters = _merge(learner.parameters, report)
     return report if rank == 0 else Report()
+
+
+def head_of(microbatch: Microbatch, job: Job, normalizer: float, learner: Learner) -> ObjectiveHead:
+    given = microbatch, job.options, job.temperature, normalizer
+    if not job.ppo:
+        return ObjectiveHead(*given)
+    value_heads = [stage.value_head for stage in learner.stages.values() if stage.value_head is not None]
+    return PPOHead(*given, PPOOptions(), value_heads[0] if value_heads else None)
 
 
 def sums_by_name(metrics: dict[str, torch.Tensor]) -> dict[str, list[float]]:

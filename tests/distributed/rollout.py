@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from r1mega.config import AttentionConfig, ModelConfig, MoEConfig, ParallelConfig
 from r1mega.data.batch import Batch
+from r1mega.kernels.parameter import local
 from r1mega.model.blocks import list_blocks, place_blocks
 from r1mega.model.init import initialize
 from r1mega.model.stage import build_stage
@@ -63,6 +64,8 @@ class Job:
     requests: list[Request] = field(default_factory=make_requests)
     max_rows: int = 8
     empty_ranks: int = 0  # so many data-parallel ranks get no request
+    absorbs: bool = True
+    multiple: int = 4  # what the lengths of the training's forward are multiples of
 
 
 @dataclass
@@ -100,7 +103,7 @@ def generate(rank: int, world_size: int, job: Job) -> Result:
     state = ParallelState(Layout.from_config(job.parallel, world_size))
     stages, table = build(job, state)
     model = MODELS[job.model]
-    engine = NativeEngine(stages, table, state, model, job.dtype, VOCABULARY, job.max_rows)
+    engine = NativeEngine(stages, table, state, model, job.dtype, VOCABULARY, job.max_rows, absorbs=job.absorbs)
     replica, num_replicas = state.rank_in("dp"), state.size("dp") - job.empty_ranks
     mine = job.requests[replica::num_replicas] if replica < num_replicas else []
     order: list[tuple[int, int]] = []
@@ -116,7 +119,7 @@ def forward(
     """Log-probabilities and experts of the completions, by the training's forward of whole sequences."""
     fed = [(completion.prompt + completion.tokens)[:-1] for completion in completions] or [[0]]
     longest = max(map(len, fed))
-    longest += -longest % state.size("tp")
+    longest += -longest % job.multiple
     record, found = ExpertRecord(), []
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in fed])
     batch = Batch(tokens, None, None, 1, 1, experts=record, head=functools.partial(_keep, found))
@@ -149,8 +152,10 @@ def one_microbatch(table: Table) -> Table:
 
 
 def _keep(found: list[Tensor], hidden: Tensor, lm_head: nn.Module, group: dist.ProcessGroup) -> StageOutput:
-    """A head that keeps the logits."""
-    found.append(all_gather(lm_head(gather_tokens(hidden, group)), group, dim=1))
+    """A head that keeps the logits, as wide as the loss has them."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = gather_tokens(hidden, group).to(wide) @ local(lm_head.weight).to(wide).t()
+    found.append(all_gather(logits, group, dim=1))
     return StageOutput()
 
 

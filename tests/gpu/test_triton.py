@@ -15,6 +15,7 @@ if not triton.available() or triton.interpreting():
 
 from r1mega.kernels.grouped_swiglu import grouped_swiglu
 from r1mega.kernels.linear import grouped_linear
+from r1mega.kernels.policy_head import policy_head, reference_policy_head
 from r1mega.kernels.route import RouteOptions, reference_route
 from r1mega.kernels.triton import combine, permute, route
 from tests.unit.triton_cases import *  # noqa: F403
@@ -103,3 +104,27 @@ def test_grouped_products_of_a_large_layer_equal_products_an_expert(dtype: torch
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     for actual, wanted in zip(first, references, strict=True):
         torch.testing.assert_close(actual.double(), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("triton_runs", [True, False])
+def test_the_policy_head_at_the_vocabulary_of_r1_equals_the_reference_in_float32(triton_runs, monkeypatch) -> None:
+    if not triton_runs:
+        monkeypatch.setattr(triton, "takes", lambda *tensors: False)
+    hidden, weight = random_on_gpu(300, 512), random_on_gpu(129280, 512) / 16
+    targets = torch.arange(300, device="cuda") * 400
+    advantages = random_on_gpu(300, dtype=torch.float32)
+    advantages[::3] = 0
+
+    def losses(log_probs: torch.Tensor, entropy: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return advantages[rows] * ((0.1 * log_probs).exp() + 0.2 * entropy)
+
+    given, wide = (
+        [t.detach().to(to).requires_grad_() for t in (hidden, weight)] for to in (hidden.dtype, torch.float64)
+    )
+    actual = policy_head(*given, targets, losses, chunk=128)
+    expected = reference_policy_head(*wide, targets, losses)
+    for name in ("log_probs_T", "entropy_T"):
+        torch.testing.assert_close(getattr(actual, name).double(), getattr(expected, name), rtol=1e-5, atol=1e-4)
+    gradients = torch.autograd.grad(actual.loss, given), torch.autograd.grad(expected.loss, wide)
+    for gradient, wanted in zip(*gradients, strict=True):
+        assert float((gradient.double() - wanted).norm() / wanted.norm()) < 5e-3

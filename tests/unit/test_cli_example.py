@@ -1,4 +1,4 @@
-"""examples/pretrain_r1_moe.sh: bash and Python in one file, and how it chooses processes."""
+"""examples/pretrain_r1_moe.sh and train_r1_zero.sh: bash and Python in one file, and how they choose processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from r1mega.settings import parse_config
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/pretrain_r1_moe.sh"
+R1_ZERO = ROOT / "examples/train_r1_zero.sh"
 
 
-def load() -> dict:
+def load(example: Path = EXAMPLE) -> dict:
     """The names of the example's Python part."""
-    names = {"__name__": "example", "__file__": str(EXAMPLE)}
-    exec(compile(EXAMPLE.read_text(encoding="utf-8"), EXAMPLE, "exec"), names)
+    names = {"__name__": "example", "__file__": str(example)}
+    exec(compile(example.read_text(encoding="utf-8"), example, "exec"), names)
     return names
 
 
@@ -44,12 +45,13 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], list[str]]:
     return run
 
 
-def test_the_example_is_valid_bash_and_valid_python(recwarn: pytest.WarningsRecorder) -> None:
-    checked = subprocess.run(["bash", "-n", EXAMPLE], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("example", [EXAMPLE, R1_ZERO])
+def test_an_example_is_valid_bash_and_valid_python(recwarn: pytest.WarningsRecorder, example: Path) -> None:
+    checked = subprocess.run(["bash", "-n", example], capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stderr) == (0, "")
-    compile(EXAMPLE.read_text(encoding="utf-8"), EXAMPLE, "exec")
+    compile(example.read_text(encoding="utf-8"), example, "exec")
     assert not recwarn.list
-    assert EXAMPLE.read_text(encoding="utf-8").startswith("''':'\n")
+    assert example.read_text(encoding="utf-8").startswith("''':'\n")
 
 
 @pytest.mark.parametrize(
@@ -132,3 +134,49 @@ def test_a_mistake_is_one_line_before_any_process_is_started(tmp_path: Path, pro
     assert done.stdout == ""
     assert done.stderr.startswith("r1mega: error: parallel.ep=3: must divide the number of experts (16)")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "passed_on"),
+    [
+        ([], 2, ["--parallel.ep=2"]),
+        (["--train.num_steps", "50"], 2, ["--parallel.ep=2", "--train.num_steps", "50"]),
+        (["--parallel.pp=2", "--parallel.ep=2"], 4, ["--parallel.pp=2", "--parallel.ep=2"]),
+    ],
+)
+def test_r1_zero_runs_on_2_processes_or_as_many_as_the_layout_needs(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], processes: int, passed_on: list[str]
+) -> None:
+    example = load(R1_ZERO)
+    for name in ("RANK", "WORLD_SIZE", "NPROC"):
+        monkeypatch.delenv(name, raising=False)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
+    example["launch"].__globals__["prepare"] = lambda: None
+    example["launch"](arguments)
+    assert f"--nproc-per-node={processes}" in commands[0]
+    assert commands[0][commands[0].index(str(R1_ZERO)) + 1 :] == passed_on
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--parallel.ep=3"], "parallel.ep=3: must divide the number of experts (4)"),
+        (["--parallel.tp=8"], "parallel.tp=8: must divide model.attention.num_heads (4)"),
+        (["--rl.group_size=1"], "rl.group_size=1: must be 2 or more"),
+        (["--model.checkpoint=nowhere"], "model.checkpoint=nowhere"),
+    ],
+)
+def test_a_mistake_in_r1_zero_s_settings_is_found_by_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+) -> None:
+    example = load(R1_ZERO)
+    for name in ("RANK", "WORLD_SIZE", "NPROC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", [str(R1_ZERO), *arguments])
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("a process was started"))
+    example["launch"].__globals__["prepare"] = lambda: pytest.fail("data were made")
+    assert example["run"]() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"r1mega: error: {line}")
+    assert error.count("\n") == 1

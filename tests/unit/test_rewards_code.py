@@ -173,6 +173,8 @@ def test_code_in_the_pool_leaves_no_process(capfd: pytest.CaptureFixture[str]) -
             time.sleep(0.02)
         assert [future.result(60).total for future in futures] == [3.0, 1.0, 1.0, 1.0]
         assert pool.failures() == {"code": {"program took too long": 1}}
+        cases = [{"input": "3", "output": "6"}]
+        assert pool.submit(sample("print(int(input()) * 2)", cases=cases)).result(60).by_name["code"] == 1.0
     # Two processes a worker, and for a program bubblewrap's two and its own.
     assert len(seen) >= 7
     assert not [process for process in seen if Path(f"/proc/{process}").exists()]

@@ -243,12 +243,13 @@ import os, time
 from r1mega.rl.rewards import RewardOptions, RewardPool, Sample
 pool = RewardPool(RewardOptions(names=["{HOSTILE}good"]))
 pool.submit(Sample("", "a")).result()
-print(os.fork(), flush=True)
+if forked := os.fork():
+    print(forked, flush=True)
 time.sleep(60)
 """
     trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=os.getcwd())
     assert trainer.stdout is not None
-    forked = max(int(trainer.stdout.readline()), int(trainer.stdout.readline()))
+    forked = int(trainer.stdout.readline())
     try:
         trainer.kill()
         trainer.wait()

@@ -70,8 +70,9 @@ def same(one: list[Completion], two: list[Completion]) -> bool:
     return said(one) == said(two) and experts(one) == experts(two)
 
 
+@pytest.mark.parametrize("absorbs", [True, False])
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_step_with_the_cache_equals_the_whole_forward(attention):
+def test_a_step_with_the_cache_equals_the_whole_forward(attention, absorbs):
     stage, config = build(attention)
     lengths = torch.tensor([6, 2, 4])
     generator = torch.Generator().manual_seed(1)
@@ -83,7 +84,8 @@ def test_a_step_with_the_cache_equals_the_whole_forward(attention):
 
     with torch.no_grad():
         whole = logits(tokens, None)
-        cache = Cache([0, 1], 7, stage.layers["0"].self_attn.entry_width, torch.float64, "cpu")
+        width = stage.layers["0"].self_attn.entry_width(absorbs)
+        cache = Cache([0, 1], 7, width, torch.float64, "cpu", absorbs)
         logits(tokens[:, :6], PromptStep(cache, 6, torch.tensor([0, 1, 1, 2]), first_row=0))
         source = torch.tensor([0, 1, 1, 2])
         for step in range(4):

@@ -39,7 +39,7 @@ def extract_answer(completion: str, source: str = "answer") -> str | None:
         source: ``answer``: the content of the last ``<answer>…</answer>`` after the thinking, nothing else counts.
             ``text``: that, or else the last ``\\boxed{…}``, or else all that follows ``</think>``.
     """
-    text = completion
+    text = final_part(completion)
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     if start >= 0:

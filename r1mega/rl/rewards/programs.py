@@ -25,7 +25,8 @@ def check(program_time_limit: float = 4.0, program_memory_limit: int = 512) -> N
     check_sandbox()
 
 
-@reward(allow=["processes"], check=check, needs=["tests|cases"])
+# Files: the program is handed over in one that exists in memory only.
+@reward(allow=["files", "processes"], check=check, needs=["tests|cases"])
 def code(sample: Sample, program_time_limit: float = 4.0, program_memory_limit: int = 512) -> float:
     """1 if the completion's program passes all tests, 0 if not. Runs in the sandbox, see ``sandbox.py``.
 

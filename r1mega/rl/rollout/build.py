@@ -29,4 +29,5 @@ def build_engine(config: Config, state: ParallelState, learner: Learner, tokeniz
         tokenizer.vocab_size,
         rl.max_rows or MOST_ROWS,
         with_experts=rl.routing_replay,
+        absorbs=rl.cache == "latent",
     )

@@ -20,6 +20,9 @@ from torch.distributed import ProcessGroup
 
 from r1mega.collectives import all_gather
 from r1mega.config import ModelConfig
+from r1mega.kernels.parameter import local
+from r1mega.kernels.policy_tile import multiply
+from r1mega.kernels.scratch import Scratch
 from r1mega.model.decoder import DecoderLayer
 from r1mega.model.stage import Stage
 from r1mega.moe.replay import ExpertRecord
@@ -31,6 +34,7 @@ from r1mega.rl.rollout.links import Agreement, Links
 from r1mega.rl.rollout.rows import Layers, Rows, Turn, Waiting
 from r1mega.rl.rollout.sampler import draw, uniforms
 from r1mega.tensor_parallel.collectives import gather_tokens
+from r1mega.tensor_parallel.layers import Linear
 from r1mega.train.sharding import gather, reshard
 
 
@@ -66,6 +70,9 @@ class NativeEngine:
         num_ids: the tokenizer's size; the model may have rows beyond, which are never drawn.
         max_rows: completions that a replica generates at once, at most (rounded up for tensor parallelism).
         with_experts: record the experts of each token.
+        absorbs: MLA keeps its latents alone and absorbs the projections from them. Otherwise it keeps keys and values:
+            for DeepSeek-V3 71 times the memory, but in bfloat16 the log-probabilities are exactly training's, where
+            lengths are multiples of 16 there; absorbed, they differ by what other roundings do.
 
     Raises:
         ValueError: the model drops tokens over capacity. Which ones depends on the tokens that come later in the
@@ -82,6 +89,7 @@ class NativeEngine:
         num_ids: int,
         max_rows: int = 256,
         with_experts: bool = True,
+        absorbs: bool = True,
     ) -> None:
         if config.moe.num_experts and (config.moe.capacity_factor is not None or config.moe.force_balance):
             raise ValueError("a model with moe.capacity_factor or moe.force_balance cannot generate token by token")
@@ -97,9 +105,10 @@ class NativeEngine:
             if number < len(self.stage_to_rank):
                 self.stages[number] = stage
         self._all_stages = list(stages.values())
-        self._layers = self._find_layers(with_experts)
+        self._layers = self._find_layers(with_experts, absorbs)
         self._links = Links(state, self.stage_to_rank)
         self._agreement = Agreement(state)
+        self._scratch = Scratch()
         self.report = Report(0, 0.0, 0)
 
     def sync_weights(self) -> None:
@@ -202,7 +211,7 @@ class NativeEngine:
         if self._layers.routed:
             batch.experts = ExpertRecord()
         if is_last:
-            batch.head = _Head(rows, turn, sampling, self.num_ids)
+            batch.head = _Head(rows, turn, sampling, self.num_ids, self._scratch)
         output = stage(activations, batch)
         if not _has_rows(turn):
             return
@@ -217,15 +226,15 @@ class NativeEngine:
         # Those of two rounds ago have surely been taken: their group has come back to this rank since.
         self._links.release(2 * len(self.stage_to_rank) * (len(self.stages) + self.state.size("pp")))
 
-    def _find_layers(self, with_experts: bool) -> Layers:
+    def _find_layers(self, with_experts: bool, absorbs: bool) -> Layers:
         cached = sorted(int(index) for stage in self.stages.values() for index in stage.layers)
         routed = [index for index in cached if self.config.is_moe_layer(index)] if with_experts else None
         width = 0
         for stage in self.stages.values():
             for layer in stage.layers.values():
                 assert isinstance(layer, DecoderLayer)
-                width = layer.self_attn.entry_width
-        return Layers(cached, width, routed, self.config.moe.top_k, self.dtype)
+                width = layer.self_attn.entry_width(absorbs)
+        return Layers(cached, width, routed, self.config.moe.top_k, self.dtype, absorbs)
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -243,23 +252,26 @@ class _Head:
     The tensor-parallel ranks gather the vocabulary and all draw, each from the same numbers.
     """
 
-    def __init__(self, rows: Rows, turn: Turn, sampling: Sampling, num_ids: int) -> None:
-        self.rows, self.turn, self.sampling, self.num_ids = rows, turn, sampling, num_ids
+    def __init__(self, rows: Rows, turn: Turn, sampling: Sampling, num_ids: int, scratch: Scratch) -> None:
+        self.rows, self.turn, self.sampling, self.num_ids, self.scratch = rows, turn, sampling, num_ids, scratch
 
-    def __call__(self, hidden: Tensor, lm_head: nn.Module, group: ProcessGroup) -> StageOutput:
+    def __call__(self, hidden: Tensor, lm_head: Linear, group: ProcessGroup) -> StageOutput:
         turn = self.turn
         if not _has_rows(turn):
             return StageOutput()
         hidden = gather_tokens(hidden, group)
         hidden = hidden[turn.rows] if turn.ends is None else hidden.index_select(0, turn.ends)
-        logits = lm_head(hidden)
+        weight = local(lm_head.weight)
+        # as wide as in the loss, so that half-precision logits are not rounded in one and whole in the other
+        logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        multiply(hidden, weight, logits)
         if group.size() > 1:
             parts = all_gather(logits, group).unflatten(0, (group.size(), -1))
             logits = parts.transpose(0, 1).flatten(1)
         if turn.prompts is not None:
             logits = logits.index_select(0, turn.prompts)
         numbers = uniforms(self.rows.streams[turn.rows], self.rows.drawn[turn.rows])
-        tokens, log_probs = draw(logits, numbers, self.sampling, self.num_ids)
+        tokens, log_probs = draw(logits, numbers, self.sampling, self.num_ids, self.scratch)
         return StageOutput(metrics={"tokens": tokens, "log_probs": log_probs})
 
 

@@ -65,6 +65,7 @@ class Layers:
         routed: its layers whose experts are recorded; None records none.
         top_k: K.
         dtype: of the cache.
+        absorbs: what MLA keeps (``r1mega.model.cache``).
     """
 
     cached: list[int]
@@ -72,6 +73,7 @@ class Layers:
     routed: list[int] | None
     top_k: int
     dtype: torch.dtype
+    absorbs: bool
 
 
 @dataclass
@@ -133,7 +135,7 @@ class Rows:
         self._log_probs = torch.zeros(self._tokens.shape, dtype=torch.float32, device=device)
         self._first_columns = torch.arange(num_rows, device=device) * self._tokens.shape[1]
         self._stop = torch.tensor(sampling.stop, dtype=torch.int64, device=device)
-        self._cache = Cache(layers.cached, num_rows, layers.entry_width, layers.dtype, device)
+        self._cache = Cache(layers.cached, num_rows, layers.entry_width, layers.dtype, device, layers.absorbs)
         self._routed = layers.routed or []
         width = len(self._routed) * layers.top_k
         self._experts = torch.zeros(num_rows, 0, width, dtype=torch.int16, device=device)
@@ -219,7 +221,8 @@ class Rows:
                 numbers.append([1, 0, length - 1, 0, stream(self._sampling.seed, request.key, sample)])
         rows = slice(first_row, len(self._rows))
         self._numbers[:, rows] = torch.tensor(numbers, device=self._device).t()
-        longest = max(lengths) + -max(lengths) % self._group.size()
+        longest = self._cache.aligned(max(lengths))
+        longest += -longest % self._group.size()
         padded = [request.prompt + [0] * (longest - len(request.prompt)) for request, _ in admitted]
         tokens, of_rows, ends = (torch.tensor(value, device=self._device) for value in (padded, prompts, lengths))
         step = PromptStep(self._cache, longest, of_rows, first_row)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from r1mega.kernels.scratch import Scratch
 from r1mega.rl.rollout.engine import Sampling
 
 # SplitMix64 (Steele, Lea, Flood 2014, doi 10.1145/2714064.2660195): a counter times the golden ratio, then a bijection
@@ -48,7 +49,9 @@ def uniforms(streams_R: Tensor, positions_R: Tensor) -> Tensor:
     return _shifted(x, 11).to(torch.float64).mul_(2.0**-53)
 
 
-def draw(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, num_ids: int) -> tuple[Tensor, Tensor]:
+def draw(
+    logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, num_ids: int, scratch: Scratch | None = None
+) -> tuple[Tensor, Tensor]:
     """Tokens ``[R]`` int64 and their log-probabilities ``[R]`` float64 (see :class:`Completion`).
 
     Args:
@@ -56,27 +59,33 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, num_ids: int
         uniforms_R: ``[R]`` float64 in [0, 1).
         sampling: temperature and top_p.
         num_ids: ids from here on are no tokens, and never drawn.
+        scratch: holds what is computed on the way.
     """
     rows = max(1, ELEMENTS_AT_ONCE // logits_RV.shape[1])
+    scratch = scratch or Scratch()
     if logits_RV.shape[0] <= rows:
-        return _draw(logits_RV, uniforms_R, sampling, num_ids)
+        return _draw(logits_RV, uniforms_R, sampling, num_ids, scratch)
     parts = zip(logits_RV.split(rows), uniforms_R.split(rows), strict=True)
-    tokens, log_probs = zip(*(_draw(*part, sampling, num_ids) for part in parts), strict=True)
+    tokens, log_probs = zip(*(_draw(*part, sampling, num_ids, scratch) for part in parts), strict=True)
     return torch.cat(tokens), torch.cat(log_probs)
 
 
-def _draw(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, num_ids: int) -> tuple[Tensor, Tensor]:
-    logits = logits_RV.to(torch.float64)
+def _draw(
+    logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, num_ids: int, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    probabilities = scratch.empty("probabilities", tuple(logits_RV.shape), torch.float64, logits_RV.device)
+    probabilities.copy_(logits_RV)
     if sampling.temperature not in (0, 1):
-        logits = logits / sampling.temperature
-    probabilities = logits.softmax(dim=1)
+        probabilities.div_(sampling.temperature)
+    torch.softmax(probabilities, dim=1, out=probabilities)
     candidates = probabilities[:, :num_ids]
     if sampling.temperature == 0:
         tokens = candidates.argmax(dim=1, keepdim=True)
     else:
         if sampling.top_p < 1:
             candidates = nucleus(candidates, sampling.top_p)
-        sums = candidates.cumsum(dim=1)
+        sums = scratch.empty("sums", tuple(candidates.shape), torch.float64, logits_RV.device)
+        torch.cumsum(candidates, dim=1, out=sums)
         # u is at most 1 - 2**-53, so the product is less than the last sum, and an id with probability 0 is never hit.
         tokens = torch.searchsorted(sums, uniforms_R.unsqueeze(1) * sums[:, -1:], right=True)
     return tokens.squeeze(1), probabilities.gather(1, tokens).log_().squeeze(1)

@@ -11,7 +11,7 @@ from r1mega.data.tokenizer import train_tokenizer
 from tests.distributed.grpo_steps import model_of_rl
 from tests.distributed.vllm_engine import Job, Result, generate, move, nothing
 
-LAYOUTS = {"pp2_ep2": (4, ParallelConfig(pp=2, ep=2)), "tp2_ep2": (2, ParallelConfig(tp=2, ep=2))}
+LAYOUTS = {"pp2_ep2": (4, ParallelConfig(pp=2, ep=2))}
 DENSE = model_of_rl(moe=MoEConfig(), num_mtp_layers=0)
 
 

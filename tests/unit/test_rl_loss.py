@@ -450,5 +450,5 @@ def test_unknown_names_are_no_attributes():
 
     assert set(r1mega.rl.__all__) <= set(dir(r1mega.rl))
     assert all(getattr(r1mega.rl, name) for name in r1mega.rl.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'grpo'"):
-        _ = r1mega.rl.grpo
+    with pytest.raises(AttributeError, match="has no attribute 'ppo_loss'"):
+        _ = r1mega.rl.ppo_loss

@@ -48,6 +48,17 @@ def test_a_layout_gives_the_gradients_of_one_process_with_replayed_experts(pool,
     assert_same(report, reference(pool))
 
 
+@pytest.mark.parametrize(
+    "schedule", ["1f1b", "interleaved", "looped-bfs", "zb-h2", "zbv", "v-half", "v-min", "dualpipe", "auto"]
+)
+def test_every_other_schedule_gives_them_too(pool, schedule: str) -> None:
+    job = Job(parallel=ParallelConfig(pp=2, schedule=schedule), num_steps=1, **SMALL)
+    actual, expected = pool.run(update, 2, job)[0], reference(pool)
+    assert actual.norms == pytest.approx(expected.norms[:1], rel=1e-9)
+    for name, gradient in actual.gradients[0].items():
+        torch.testing.assert_close(gradient, expected.gradients[0][name], rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("microbatch_size", [1, 4, 8])
 def test_microbatching_changes_nothing(pool, microbatch_size: int) -> None:
     assert_same(pool.run(update, 1, Job(microbatch_size=microbatch_size))[0], reference(pool))

@@ -47,6 +47,7 @@ from r1mega.kernels import native  # noqa: E402
 from r1mega.kernels.combine import combine  # noqa: E402
 from r1mega.kernels.linear import grouped_linear, linear  # noqa: E402
 from r1mega.kernels.permute import permute  # noqa: E402
+from r1mega.kernels.products import group_matmul, group_outer, matmul  # noqa: E402
 from r1mega.kernels.route import route  # noqa: E402
 from r1mega.kernels.swiglu import weighted_swiglu  # noqa: E402
 from r1mega.moe.layer import MoELayer  # noqa: E402
@@ -240,20 +241,17 @@ def products_alone(p: Problem) -> tuple[Work, Work]:
             product(wide.t(), x)
 
         return forward, backward
-    grads = [torch.zeros_like(weight) for weight in (ups, downs)]
-    parts = [tensor.split(p.counts) for tensor in (x, wide, narrow, out)]
+    grad_ups, grad_downs = torch.zeros_like(ups), torch.zeros_like(downs)
 
     def forward() -> None:
-        for e, (x_e, _, narrow_e, _) in enumerate(zip(*parts, strict=True)):
-            torch.mm(x_e, ups[e].t())
-            torch.mm(narrow_e, downs[e].t())
+        group_matmul(x, ups.transpose(1, 2), p.counts)
+        group_matmul(narrow, downs.transpose(1, 2), p.counts)
 
     def backward() -> None:
-        for e, (x_e, wide_e, narrow_e, out_e) in enumerate(zip(*parts, strict=True)):
-            torch.mm(out_e, downs[e])
-            grads[1][e].addmm_(out_e.t(), narrow_e)
-            torch.mm(wide_e, ups[e])
-            grads[0][e].addmm_(wide_e.t(), x_e)
+        group_matmul(out, downs, p.counts)
+        group_outer(out, narrow, p.counts, grad_downs, add=True)
+        group_matmul(wide, ups, p.counts)
+        group_outer(wide, x, p.counts, grad_ups, add=True)
 
     return forward, backward
 
@@ -292,7 +290,7 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, floa
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
-    works: dict[str, Work] = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    works: dict[str, Work] = {"copy": lambda: target.copy_(source), "product": lambda: matmul(a, b)}
     times = seconds(works, 5, 2, device)
     return 2 * size / statistics.median(times["copy"]), 2 * edge**3 / statistics.median(times["product"])
 

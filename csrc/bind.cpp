@@ -1,6 +1,7 @@
 // r1mega._C: the kernels as Python functions of integers, tensor.data_ptr() among them. Nothing here knows torch, so
 // the extension compiles in seconds and serves every version of it; the checks of shapes and types are in Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstring>
@@ -14,7 +15,7 @@
 namespace r1mega {
 namespace {
 
-constexpr int kInterface = 4;                  // r1mega/kernels/native.py wants the same; raise both together
+constexpr int kInterface = 5;                  // r1mega/kernels/native.py wants the same; raise both together
 constexpr int64_t kElementsOfThread = 1 << 16;  // less work is not worth a thread
 
 const Kernels* best_kernels() {
@@ -191,6 +192,30 @@ void policy_gradient(Pointer logits, Pointer rows, Pointer targets, Pointer lse,
   });
 }
 
+// One product of each group. With rows < 0 a group has its count of rows, in A and in C, and a matrix B of its own,
+// `b_group` after the one before; with depth < 0 its count is its depth, in A and in B, and C is its own.
+template <class T>
+void products(Pointer a, int64_t a_row, int64_t a_depth, Pointer b, int64_t b_group, int64_t b_depth, int64_t b_col,
+              Pointer c, int64_t c_group, int64_t c_row, const std::vector<int64_t>& counts, int64_t rows, int64_t cols,
+              int64_t depth, bool add, int threads) {
+  if (!typed<T>().product) throw std::runtime_error(std::string(kernels->level) + " code has no products");
+  std::vector<Product<T>> groups;
+  int64_t before = 0, largest = 0;
+  for (size_t g = 0; g < counts.size(); ++g) {
+    const int64_t in_a = before * (rows < 0 ? a_row : a_depth), in_b = rows < 0 ? g * b_group : before * b_depth,
+                  in_c = rows < 0 ? before * c_row : g * c_group;
+    groups.push_back({at<T>(a) + in_a, a_row, a_depth, at<T>(b) + in_b, b_depth, b_col, at<T>(c) + in_c, c_row,
+                      rows < 0 ? counts[g] : rows, cols, depth < 0 ? counts[g] : depth, add});
+    before += counts[g];
+    largest = std::max(largest, groups.back().rows * groups.back().depth);
+  }
+  const int64_t panel = kPanelBytes / sizeof(T), panels = (cols + panel - 1) / panel;
+  share(counts.size() * panels, largest * panel / 16, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin / panels; g * panels < end; ++g)
+      typed<T>().product(groups[g], std::max<int64_t>(begin - g * panels, 0), std::min(end - g * panels, panels));
+  });
+}
+
 template <class T>
 void define_typed(pybind11::module_& m, const std::string& suffix) {
   const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
@@ -204,6 +229,7 @@ void define_typed(pybind11::module_& m, const std::string& suffix) {
   m.def(("rotate_" + suffix).c_str(), &rotate<T>, without_gil);
   m.def(("policy_statistics_" + suffix).c_str(), &policy_statistics<T>, without_gil);
   m.def(("policy_gradient_" + suffix).c_str(), &policy_gradient<T>, without_gil);
+  m.def(("products_" + suffix).c_str(), &products<T>, without_gil);
 }
 
 }  // namespace
@@ -223,6 +249,14 @@ PYBIND11_MODULE(_C, m) {
         return pybind11::buffer_info(buffer.data(), 1, pybind11::format_descriptor<uint8_t>::format(),
                                      pybind11::ssize_t(buffer.bytes()));
       });
+  // Whether products of level() are faster than those of PyTorch's library, which has wide vectors for Intel's alone.
+  m.def("multiplies", [] {
+#if defined(R1MEGA_X86)
+    return kernels->f32.product != nullptr && !__builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+  });
   m.def("waiting_bytes", &waiting_bytes);
   m.def("release_waiting", &release_waiting);
   m.def("rank_choices", &rank_choices, without_gil);

@@ -418,11 +418,18 @@ void policy_gradient(T* logits, const RowGradients<T>& of, T scale, int64_t num_
   }
 }
 
+#include "products.h"
+
+#if !defined(R1MEGA_PRODUCTS)
+template <class T>
+constexpr void (*product)(const Product<T>&, int64_t, int64_t) = nullptr;
+#endif
+
 template <class T>
 constexpr TypedKernels<T> typed() {
   return {choose<T>,          route_backward<T>, sum_rows<T>,          swiglu<T>,
           swiglu_backward<T>, rms_norm<T>,       rms_norm_backward<T>, rotate<T>,
-          policy_statistics<T>, policy_gradient<T>};
+          policy_statistics<T>, policy_gradient<T>, product<T>};
 }
 
 }  // namespace

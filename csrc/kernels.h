@@ -11,12 +11,26 @@ namespace r1mega {
 constexpr int kMaxExperts = 4096;
 constexpr int kRowsOfPartial = 128;  // rows that one partial sum of a weight gradient covers
 constexpr int kLogitBlock = 2048;    // logits of a row that are looked at together; they stay in the first cache
+constexpr int kPanelBytes = 256;     // of a row of the panel of columns that threads share in a matrix product
 
 // What the gradient of the logits of K rows is made of; see r1mega/kernels/policy_tile.py. `rows` may be null: all.
 template <class T>
 struct RowGradients {
   const int64_t *rows, *targets;
   const T *lse, *entropy, *of_log_prob, *of_entropy;
+};
+
+// C[i][j] = (add ? C[i][j] : 0) + sum over k of A[i][k] * B[k][j]. Strides in elements; a row of C is dense, and one of
+// b_depth and b_col is 1.
+template <class T>
+struct Product {
+  const T* a;
+  int64_t a_row, a_depth;
+  const T* b;
+  int64_t b_depth, b_col;
+  T* c;
+  int64_t c_row, rows, cols, depth;
+  bool add;
 };
 
 struct RouteOptions {
@@ -62,6 +76,8 @@ struct TypedKernels {
   // `begin` and `end` count blocks of kLogitBlock columns: threads share columns, each goes through all rows.
   void (*policy_gradient)(T* logits, const RowGradients<T>& of, T scale, int64_t num_rows, int64_t width, int64_t begin,
                           int64_t end);
+  // `begin` and `end` count panels of kPanelBytes / sizeof(T) columns. Null where vectors are not wide enough for it.
+  void (*product)(const Product<T>& product, int64_t begin, int64_t end);
 };
 
 struct Kernels {

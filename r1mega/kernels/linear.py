@@ -9,10 +9,10 @@ Backward computes the input gradient at once. The weight gradient goes one of tw
 
 A weight may be a ``DTensor``: the products use its local shard, and its gradient has the same placement.
 
-A grouped product on a CPU is one product an expert, of rows that the host has counted. On a GPU the counts may be a
-tensor there, and nothing waits for the host: one launch multiplies all rows, PyTorch's ``grouped_mm`` where it has a
-kernel for the type and the GPU, else Triton's. Where there is neither, ``grouped_mm`` reads the counts and multiplies
-expert by expert.
+On a CPU :mod:`r1mega.kernels.products` multiplies; a grouped product is one product an expert, of rows that the host
+has counted. On a GPU the counts may be a tensor there, and nothing waits for the host: one launch multiplies all rows,
+PyTorch's ``grouped_mm`` where it has a kernel for the type and the GPU, else Triton's. Where there is neither,
+``grouped_mm`` reads the counts and multiplies expert by expert.
 
 Shapes: T rows, R routed rows, I input features, O output features, E local experts.
 """
@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1mega.kernels import native, triton
+from r1mega.kernels import triton
 from r1mega.kernels.fake import is_fake
 from r1mega.kernels.parameter import WeightGradients, like_parameter, local
+from r1mega.kernels.products import add_matmul, group_matmul, group_outer, matmul
 
 Counts = Sequence[int] | Tensor
 
@@ -60,7 +61,7 @@ class _Linears(torch.autograd.Function):
         # The weights are not saved through autograd: FSDP frees and refills their storage between forward and backward.
         ctx.save_for_backward(input_TI)
         ctx.weights, ctx.store = weights, store
-        return tuple(input_TI @ local(weight).t() for weight in weights)
+        return tuple(matmul(input_TI, local(weight).t()) for weight in weights)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -68,14 +69,14 @@ class _Linears(torch.autograd.Function):
         weights, store = ctx.weights, ctx.store
         grad_input = None
         if ctx.needs_input_grad[0]:
-            grad_input = grads[0] @ local(weights[0])
+            grad_input = matmul(grads[0], local(weights[0]))
             for grad_TO, weight in zip(grads[1:], weights[1:], strict=True):
-                grad_input.addmm_(grad_TO, local(weight))
+                add_matmul(grad_input, grad_TO, local(weight))
         if not ctx.needs_input_grad[2]:
             return grad_input, None, *(None for _ in weights)
         if store is None:
             pairs = zip(grads, weights, strict=True)
-            return grad_input, None, *(like_parameter(grad_TO.t() @ input_TI, weight) for grad_TO, weight in pairs)
+            return grad_input, None, *(like_parameter(matmul(grad.t(), input_TI), weight) for grad, weight in pairs)
         input_TI = input_TI.detach()  # with its graph, work that waits would hold the input of the stage, too
         for grad_TO, weight in zip(grads, weights, strict=True):
             store.add(partial(_add_product, weight, grad_TO, input_TI))
@@ -85,9 +86,9 @@ class _Linears(torch.autograd.Function):
 @torch.no_grad()
 def _add_product(weight: Tensor, grad_TO: Tensor, input_TI: Tensor) -> None:
     if weight.grad is None:
-        weight.grad = like_parameter(grad_TO.t() @ input_TI, weight)
+        weight.grad = like_parameter(matmul(grad_TO.t(), input_TI), weight)
     else:
-        local(weight.grad).addmm_(grad_TO.t(), input_TI)
+        add_matmul(local(weight.grad), grad_TO.t(), input_TI)
 
 
 def grouped_linear(
@@ -127,12 +128,6 @@ class Rows:
             return cls(counts.tolist() if isinstance(counts, Tensor) else counts)
         counts_E = torch.as_tensor(counts, device=input_RI.device)
         return cls(None, counts_E.cumsum(0, dtype=torch.int32))
-
-    def split(self, *tensors_RX: Tensor) -> list[Sequence[Tensor]]:
-        """Each tensor in parts, the C rows of each expert; rows after the last expert's are left out."""
-        assert self.counts is not None
-        total = sum(self.counts)
-        return [tensor[:total].split(self.counts) for tensor in tensors_RX]
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -175,10 +170,8 @@ def _multiply(rows_RX: Tensor, weights_EXY: Tensor, rows: Rows) -> Tensor:
         if _by_triton(rows_RX, weights_EXY):
             return _triton().matmul(rows_RX.contiguous(), weights_EXY, rows.ends)
         return F.grouped_mm(rows_RX, weights_EXY, offs=rows.ends)
-    result = native.empty((rows_RX.shape[0], weights_EXY.shape[2]), rows_RX)
-    for weight_XY, rows_CX, result_CY in zip(weights_EXY.unbind(), *rows.split(rows_RX, result), strict=True):
-        torch.mm(rows_CX, weight_XY, out=result_CY)
-    return result
+    assert rows.counts is not None
+    return group_matmul(rows_RX, weights_EXY, rows.counts)
 
 
 @torch.no_grad()
@@ -195,8 +188,8 @@ def _add_weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows
         else:
             gradient_EOI.add_(_products(grad_RO, input_RI, rows.ends))
         return
-    for gradient_OI, grad_CO, input_CI in zip(gradient_EOI.unbind(), *rows.split(grad_RO, input_RI), strict=True):
-        gradient_OI.addmm_(grad_CO.t(), input_CI)
+    assert rows.counts is not None
+    group_outer(grad_RO, input_RI, rows.counts, gradient_EOI, add=True)
 
 
 def _weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows: Rows) -> Tensor:
@@ -205,11 +198,10 @@ def _weight_gradient(weight: Tensor, grad_RO: Tensor, input_RI: Tensor, rows: Ro
         return torch.zeros_like(local(weight))
     if rows.ends is not None:
         return _products(grad_RO, input_RI, rows.ends).view(local(weight).shape)
-    gradient_EOI = torch.empty_like(local(weight))
-    parts = zip(gradient_EOI.flatten(1, -2).unbind(), *rows.split(grad_RO, input_RI), strict=True)
-    for gradient_OI, grad_CO, input_CI in parts:
-        torch.mm(grad_CO.t(), input_CI, out=gradient_OI)
-    return gradient_EOI
+    assert rows.counts is not None
+    gradient = torch.empty_like(local(weight))
+    group_outer(grad_RO, input_RI, rows.counts, gradient.flatten(1, -2), add=False)
+    return gradient
 
 
 def _products(grad_RO: Tensor, input_RI: Tensor, ends_E: Tensor) -> Tensor:

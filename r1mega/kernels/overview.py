@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 import torch
 
 from r1mega.kernels import cuda, native, triton
+from r1mega.kernels.products import native_multiplies
 
 CPP, CUDA, TRITON, PYTORCH = "C++", "CUDA", "Triton", "PyTorch"
 CONDITIONS = (
-    "C++ kernels take float32 and float64 tensors on the CPU. CUDA kernels take tensors on the GPU: route float32, up\n"
+    "C++ kernels take float32 and float64 tensors on the CPU; products are made by one with AVX-512 where PyTorch's\n"
+    "library (MKL) has none, on all but Intel's processors. CUDA kernels take tensors on the GPU: route float32, up\n"
     "to 384 experts, 16 choices and 32 groups; permute all types. Triton kernels take float32, float16 and bfloat16\n"
     "tensors on the GPU. For all others an operation runs PyTorch's."
 )
@@ -40,8 +42,8 @@ OPERATIONS = (
     Operation("grouped_swiglu", "grouped_swiglu", "a grouped_linear and its weighted_swiglu", (TRITON, PYTORCH)),
     Operation("rms_norm", "rms_norm", "root-mean-square normalisation", (CPP, TRITON, PYTORCH)),
     Operation("rotate", "rotate", "rotary position embedding"),
-    Operation("linear", "linear", "products with one or several weights", (PYTORCH,)),
-    Operation("grouped_linear", "linear", "products of each expert's rows with its weight", (TRITON, PYTORCH)),
+    Operation("linear", "linear", "products with one or several weights"),
+    Operation("grouped_linear", "linear", "products of each expert's rows with its weight", (CPP, TRITON, PYTORCH)),
     Operation("policy_head", "policy_head", "policy loss from hidden states", (CPP, TRITON, PYTORCH)),
     Operation("policy_log_probs", "policy_head", "log-probabilities and entropy", (CPP, TRITON, PYTORCH)),
     Operation("causal_attention", "attention", "softmax attention", (PYTORCH,)),
@@ -50,7 +52,8 @@ OPERATIONS = (
 
 def running(operation: Operation) -> str:
     """The implementation that runs on the CPU for tensors that it takes."""
-    here = {CPP: native.library is not None, PYTORCH: True}
+    multiplies = operation.module != "linear" or native_multiplies()
+    here = {CPP: native.library is not None and multiplies, PYTORCH: True}
     return next(name for name in operation.implementations if here.get(name))
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from r1mega.kernels import native, triton
+from r1mega.kernels.products import add_matmul, matmul
 
 # Rows at a time: of a bfloat16 weight that a CPU multiplies as float32; of a tile that PyTorch's operations pass over.
 WEIGHT_ROWS, TILE_ROWS = 4096, 32
@@ -147,22 +148,22 @@ def gradient_dtype(weight_VH: Tensor, wide: torch.dtype) -> torch.dtype:
 def multiply(hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> None:
     """``hidden @ weight.T`` into ``out_CV``, whose type may be wider: nothing is rounded to that of the weight."""
     if weight_VH.dtype == out_CV.dtype:
-        torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
+        matmul(hidden_CH, weight_VH.t(), out=out_CV)
     elif weight_VH.is_cuda:
         torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
     else:
         wide_CH = hidden_CH.to(out_CV.dtype)
         for start, block in _wide_blocks(weight_VH, out_CV.dtype):
-            out_CV[:, start : start + len(block)] = wide_CH @ block.t()
+            matmul(wide_CH, block.t(), out=out_CV[:, start : start + len(block)])
 
 
 def hidden_gradient(grad_KV: Tensor, weight_VH: Tensor) -> Tensor:
     """``grad @ weight``, ``[K, H]`` in the type of the weight."""
     if grad_KV.dtype == weight_VH.dtype:
-        return grad_KV @ weight_VH
+        return matmul(grad_KV, weight_VH)
     total = grad_KV.new_zeros(grad_KV.shape[0], weight_VH.shape[1])
     for start, block in _wide_blocks(weight_VH, grad_KV.dtype):
-        total.addmm_(grad_KV[:, start : start + len(block)], block)
+        add_matmul(total, grad_KV[:, start : start + len(block)], block)
     return total.to(weight_VH.dtype)
 
 
@@ -171,7 +172,7 @@ def add_weight_gradient(total_VH: Tensor | None, grad_KV: Tensor, hidden_KH: Ten
     grad_VK = grad_KV.t()
     if grad_KV.dtype == wide:
         hidden_KH = hidden_KH.to(wide)
-        return grad_VK @ hidden_KH if total_VH is None else total_VH.addmm_(grad_VK, hidden_KH)
+        return matmul(grad_VK, hidden_KH) if total_VH is None else add_matmul(total_VH, grad_VK, hidden_KH)
     if total_VH is None:
         return torch.mm(grad_VK, hidden_KH, out_dtype=wide)
     return torch.addmm(total_VH, grad_VK, hidden_KH, out_dtype=wide, out=total_VH)

@@ -16,7 +16,7 @@ import torch
 
 from r1mega import cli
 from r1mega.config import Config
-from r1mega.kernels import cuda, native
+from r1mega.kernels import cuda, native, overview
 from r1mega.kernels.overview import OPERATIONS
 from r1mega.train import pretrain
 
@@ -47,9 +47,14 @@ def test_without_the_extension_every_operation_runs_pytorch_and_the_reason_is_sa
 
 
 @pytest.mark.needs_extension
-def test_with_the_extension_every_operation_that_has_cpp_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
-    for operation in json.loads(printed(capsys, "--json"))["operations"]:
-        assert operation["running"] == ("C++" if "C++" in operation["implementations"] else "PyTorch")
+def test_with_the_extension_every_operation_that_has_cpp_runs_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for multiplies in (True, False):
+        monkeypatch.setattr(overview, "native_multiplies", lambda multiplies=multiplies: multiplies)
+        for operation in json.loads(printed(capsys, "--json"))["operations"]:
+            has_cpp = "C++" in operation["implementations"] and (multiplies or operation["module"] != "linear")
+            assert operation["running"] == ("C++" if has_cpp else "PyTorch")
 
 
 def test_what_runs_on_the_gpu_is_said_only_where_there_is_one(

@@ -27,6 +27,7 @@ from r1mega.pipeline.actions import Table
 from r1mega.pipeline.executor import PipelineExecutor
 from r1mega.pipeline.plain import PlainStage
 from r1mega.pipeline.schedules import make_table, with_recomputation, with_reductions
+from r1mega.pipeline.transport import ProcessGroupTransport, Transport
 
 # r1mega's name -> torch's. r1mega has no generator of the third from the end: it runs torch's own table.
 PEERS = {
@@ -39,6 +40,7 @@ PEERS = {
     "dualpipev": "DualPipeV",
 }
 DEVICE = torch.device("cpu")
+OVER_GLOO = "r1mega over gloo"
 Step = Callable[[], None]
 
 
@@ -140,12 +142,14 @@ def torch_step(name: str, stages: dict[int, nn.Module], table: Table, batch: Ten
     return step
 
 
-def r1mega_step(stages: dict[int, nn.Module], table: Table, batch: Tensor, targets: Tensor) -> Step:
-    """A step of r1mega's executor."""
+def r1mega_step(
+    stages: dict[int, nn.Module], table: Table, batch: Tensor, targets: Tensor, transport: Transport | None = None
+) -> Step:
+    """A step of r1mega's executor, by default over the transport that it chooses itself."""
     last, count = table.num_stages - 1, table.num_microbatches
     microbatches = list(zip(batch.chunk(count), targets.chunk(count), strict=True))
     plain = {number: PlainStage(stage, _loss if number == last else None) for number, stage in stages.items()}
-    executor = PipelineExecutor(table, plain, dist.group.WORLD)
+    executor = PipelineExecutor(table, plain, dist.group.WORLD, transport=transport)
 
     def step() -> None:
         executor.run(microbatches)
@@ -173,10 +177,10 @@ def make_sides(case: str, options: argparse.Namespace) -> tuple[dict[str, Step],
     name, kind = case.split(":")
     table = make_table_for(name, dist.get_world_size(), options.num_microbatches)
     numbers = table.stages_of(dist.get_rank())
-    ours, theirs, others = (make_stages(numbers, kind, options) for _ in range(3))
+    ours, over_gloo, theirs, others = (make_stages(numbers, kind, options) for _ in range(4))
     parameters = {
         side: [parameter for stage in stages.values() for parameter in stage.parameters()]
-        for side, stages in (("r1mega", ours), ("torch", theirs), ("alone", others))
+        for side, stages in (("r1mega", ours), (OVER_GLOO, over_gloo), ("torch", theirs), ("alone", others))
     }
     if kind == "checkpointing":
         table = with_recomputation(table)
@@ -188,6 +192,7 @@ def make_sides(case: str, options: argparse.Namespace) -> tuple[dict[str, Step],
     batch, targets = (torch.randn(rows, options.width, generator=generator) for _ in range(2))
     steps = {
         "r1mega": r1mega_step(ours, table, batch, targets),
+        OVER_GLOO: r1mega_step(over_gloo, table, batch, targets, ProcessGroupTransport(dist.group.WORLD, DEVICE)),
         "torch": torch_step(name, theirs, table, batch, targets),
         "alone": alone_step(others, batch, options.num_microbatches),
     }

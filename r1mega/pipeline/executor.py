@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from r1mega.pipeline.actions import Action, Kind, Overlap, Table
 from r1mega.pipeline.checker import check
 from r1mega.pipeline.exchange import Part, backward, backward_of_parts, gradient_or_zeros, in_parts
+from r1mega.pipeline.host_transport import connect
 from r1mega.pipeline.transfers import Message, Program, Step, programs
 from r1mega.pipeline.transport import PeerError, ProcessGroupTransport, Transport
 from r1mega.pipeline.weight_gradient import WeightGradientStore, split_weight_gradients
@@ -83,7 +84,7 @@ class PipelineExecutor:
         group: the ranks of the pipeline in the order of the table; None where the table has one rank.
         reduce_gradients: what R calls with the number of the stage.
         optimizer_step: what O calls with the number of the stage.
-        transport: moves messages; by default over ``group``, which is not asked where a transport is given.
+        transport: moves messages, and ``group`` is not asked; by default what :func:`make_transport` gives.
 
     Raises:
         ScheduleError: the table cannot run.
@@ -116,7 +117,7 @@ class PipelineExecutor:
         self._programs = {only: programs(table, forward_only=only)[self.rank] for only in (False, True)}
         if transport is None and group is not None and num_ranks > 1:
             parameter = next((p for stage in stages.values() for p in stage.parameters()), None)
-            transport = ProcessGroupTransport(group, torch.device("cpu") if parameter is None else parameter.device)
+            transport = make_transport(group, torch.device("cpu") if parameter is None else parameter.device)
         self._transport = transport
         self._local: dict[Message, tuple[Tensor, ...]] = {}
         self._recomputed = {action[1:] for action in table.actions(self.rank) if action.kind is Kind.C}
@@ -280,6 +281,15 @@ class PipelineExecutor:
         else:
             assert self._transport is not None
             self._transport.send(message, tensors)
+
+
+def make_transport(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    """Shared memory between ranks of one machine whose tensors are on the CPU, else the process group's messages.
+
+    A collective call.
+    """
+    shared = connect(group) if device.type == "cpu" else None
+    return ProcessGroupTransport(group, device) if shared is None else shared
 
 
 def _finish(act: Act) -> tuple[Tensor, ...]:

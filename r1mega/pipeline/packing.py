@@ -16,6 +16,7 @@ from torch import Tensor
 
 HEADER_WORDS = 64
 HEADER_BYTES = 8 * HEADER_WORDS
+_WORDS = struct.Struct(f"={HEADER_WORDS}q")
 ALIGNMENT = 16
 
 # The position in this list travels in the header: only ever append.
@@ -46,7 +47,13 @@ Specs = tuple[Spec, ...]
 
 @functools.lru_cache(maxsize=1024)
 def encode_header(specs: Specs) -> Tensor:
-    """The header as ``[HEADER_BYTES] uint8``. Callers must not write to it: it is kept for the next call.
+    """:func:`header_bytes` as ``[HEADER_BYTES] uint8``. Callers must not write to it: it is kept for the next call."""
+    return torch.frombuffer(bytearray(header_bytes(specs)), dtype=torch.uint8)
+
+
+@functools.lru_cache(maxsize=1024)
+def header_bytes(specs: Specs) -> bytes:
+    """The header.
 
     Raises ValueError where a type cannot travel, or where the tensors have too many dimensions for one header.
     """
@@ -57,17 +64,18 @@ def encode_header(specs: Specs) -> Tensor:
         words += [DTYPES.index(spec.dtype), int(spec.requires_grad), len(spec.shape), *spec.shape]
     if len(words) > HEADER_WORDS:
         raise ValueError(f"{len(specs)} tensors are too many for one pipeline message: stack some of them")
-    return torch.tensor(words + [0] * (HEADER_WORDS - len(words)), dtype=torch.int64).view(torch.uint8)
+    return _WORDS.pack(*words, *[0] * (HEADER_WORDS - len(words)))
 
 
 def decode_header(header: Tensor) -> Specs:
     """The inverse of :func:`encode_header`."""
-    return _decode(header.numpy().tobytes())  # a bytes object is a key that costs little
+    return decode_bytes(header.numpy().tobytes())  # a bytes object is a key that costs little
 
 
 @functools.lru_cache(maxsize=1024)
-def _decode(header: bytes) -> Specs:
-    words = iter(struct.unpack(f"={HEADER_WORDS}q", header))
+def decode_bytes(header: bytes) -> Specs:
+    """The inverse of :func:`header_bytes`."""
+    words = iter(_WORDS.unpack(header))
     specs = []
     for _ in range(next(words)):
         dtype, requires_grad, dims = next(words), next(words), next(words)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,12 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from r1mega.pipeline.actions import Table
+from r1mega.pipeline import host_transport
+from r1mega.pipeline.actions import Kind, Table
 from r1mega.pipeline.checker import check
-from r1mega.pipeline.executor import PipelineError, PipelineExecutor, StageOutput
+from r1mega.pipeline.executor import PipelineError, PipelineExecutor, StageOutput, make_transport
 from r1mega.pipeline.plain import PlainStage
 from r1mega.pipeline.schedules import SCHEDULES, gpipe, make_table, one_f_one_b
-from r1mega.pipeline.transfers import programs
+from r1mega.pipeline.shared_memory import SUPPORTED
+from r1mega.pipeline.transfers import Message, Program, programs
 from r1mega.pipeline.transport import PeerError, ProcessGroupTransport
 from tests.distributed.pool import WorkerPool
 
@@ -111,7 +115,7 @@ def largest_difference(stages: dict[int, nn.Module], reference: list[nn.Module])
 Result = tuple[float, float, list[int], list[list[str]]]
 
 
-def train_mlp(rank: int, world_size: int, table: Table, explicit: bool) -> Result:
+def train_mlp(rank: int, world_size: int, table: Table, explicit: bool, over_gloo: bool = False) -> Result:
     """Two steps; the largest relative difference of gradients and of the loss, the reductions, the layers' calls."""
     modules = mlp(table.num_stages)
     reference = copy.deepcopy(modules)
@@ -123,7 +127,8 @@ def train_mlp(rank: int, world_size: int, table: Table, explicit: bool) -> Resul
     stages = {s: PlainStage(modules[s], squared_error if s == last else None) for s in table.stages_of(rank)}
     reduced: list[int] = []
     group = dist.group.WORLD if world_size > 1 else None
-    executor = PipelineExecutor(table, stages, group, reduced.append)
+    transport = ProcessGroupTransport(dist.group.WORLD, torch.device("cpu")) if over_gloo else None
+    executor = PipelineExecutor(table, stages, group, reduced.append, transport=transport)
     loss_difference = 0.0
     for step in range(2):
         batch = microbatches(table.num_microbatches, step)
@@ -159,6 +164,51 @@ def test_gradients_equal_those_of_one_process_with_changing_shapes(
 ) -> None:
     table = make_table(name, num_ranks, num_microbatches)
     assert_same_as_one_process(pool.run(train_mlp, num_ranks, table, False), table)
+
+
+@pytest.mark.parametrize("name", ONE_COPY)
+def test_gradients_over_gloo_equal_those_of_one_process_too(pool: WorkerPool, name: str) -> None:
+    table = make_table(name, 4, 6)
+    assert_same_as_one_process(pool.run(train_mlp, 4, table, False, True), table)
+
+
+def kind_of_transport(rank: int, world_size: int, boot_ids: list[str] | None) -> str:
+    """Of ranks that believe to be on machines with these numbers."""
+    if boot_ids is not None:
+        host_transport._machine = lambda: uuid.UUID(boot_ids[rank]).bytes
+    try:
+        transport = make_transport(dist.group.WORLD, torch.device("cpu"))
+        ring = [Message(Kind.F, rank, 0, rank, (rank + 1) % world_size) for rank in range(world_size)]
+        mine, theirs = ring[rank], ring[rank - 1]
+        transport.start(Program(rank, [], {theirs.source: [theirs]}))
+        transport.send(mine, (torch.full((3,), rank), torch.ones(2, 4).t()))
+        number, ones = transport.receive(theirs, 0)
+        assert number.tolist() == [theirs.source] * 3 and torch.equal(ones, torch.ones(4, 2))
+        transport.finish()
+        return type(transport).__name__
+    finally:
+        importlib.reload(host_transport)
+
+
+def test_ranks_of_one_machine_use_its_memory_and_ranks_of_several_do_not(pool: WorkerPool) -> None:
+    expected = "HostTransport" if SUPPORTED else "ProcessGroupTransport"
+    assert pool.run(kind_of_transport, 3, None) == [expected] * 3
+    boots = [str(uuid.UUID(int=number)) for number in (1, 1, 2)]
+    assert pool.run(kind_of_transport, 3, boots) == ["ProcessGroupTransport"] * 3
+
+
+def fall_back_where_nobody_answers(rank: int, world_size: int) -> str:
+    """Rank 1 calls at a door that is not there, as from another network namespace."""
+    if rank == 1:
+        host_transport._address = lambda name: f"\0r1mega-nobody-{name.hex()}"
+    try:
+        return type(make_transport(dist.group.WORLD, torch.device("cpu"))).__name__
+    finally:
+        importlib.reload(host_transport)
+
+
+def test_ranks_that_cannot_reach_each_other_all_use_the_process_group(pool: WorkerPool) -> None:
+    assert pool.run(fall_back_where_nobody_answers, 3) == ["ProcessGroupTransport"] * 3
 
 
 @pytest.mark.parametrize("name", ONE_COPY)

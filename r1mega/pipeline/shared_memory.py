@@ -1,0 +1,241 @@
+"""Messages between two processes of one machine: bytes in shared memory, and a socket that says that there are some.
+
+Each direction of a :class:`Link` is a ring of bytes that its sender makes (``memfd_create``; nothing to clean up, even
+after a crash) and grows when a message does not fit, and a page with two counters, of messages that were sent and of
+those that were taken, and where the messages lie. The sender copies a message into the ring and never waits; the
+receiver copies it out. A Unix socket carries the descriptors of the memory, a byte after each message for a receiver
+that sleeps, and the end of the connection when the other process dies.
+
+Processors of x86 make stores visible in the order of the program, so that a counter is never ahead of what it counts.
+Others do not: :data:`SUPPORTED` is false there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import socket
+import struct
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from torch import Tensor
+
+SUPPORTED = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
+SMALLEST_RING = 1 << 20
+ALIGNMENT = 64
+NUM_RECORDS = 4096  # messages under way in one direction, at most
+RECORD = struct.Struct("=4q")  # of a message: name, number of the ring, place in it, length of its header
+GONE = "it closed the connection, or died"
+SENT, TAKEN, FIRST_RECORD = 0, 8, 16  # words of the page of a direction; counters have cache lines of their own
+
+
+class Link:
+    """Both directions to one other process.
+
+    Args:
+        connection: a connected Unix stream socket that nothing has been sent over; belongs to the link from now on.
+        timeout: seconds that :meth:`receive` waits.
+    """
+
+    def __init__(self, connection: socket.socket, timeout: float) -> None:
+        self._socket, self._timeout = connection, timeout
+        weakref.finalize(self, connection.close)
+        connection.settimeout(None)
+        # with a timeout of Python's own, each receive would be two calls of the system
+        seconds, part = divmod(max(timeout, 1e-3), 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(1e6 * part)))
+        self._out, *descriptors = _Outbox.make()
+        socket.send_fds(connection, [b"\0"], descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self._in: _Inbox | None = None
+        self._descriptors: list[int] = []  # of the other side's memory
+
+    def send(self, name: int, header: bytes, tensors: Sequence[Tensor]) -> None:
+        """Send a message without waiting for anybody.
+
+        Args:
+            name: what :meth:`receive` returns of it.
+            header: from which the receiver knows how many bytes follow.
+            tensors: contiguous, on the CPU.
+
+        Raises:
+            ConnectionError: the other process is gone.
+        """
+        self._out.put(name, header, tensors)
+        # where the socket is full, the receiver has bytes to wake up by
+        with suppress(BlockingIOError):
+            self._socket.send(b"\0", socket.MSG_DONTWAIT)
+
+    def receive(self, make: Callable[[bytes], tuple[Tensor, ...]]) -> tuple[int, tuple[Tensor, ...]]:
+        """Wait for the next message.
+
+        Args:
+            make: makes, from the header, contiguous tensors on the CPU that the message fills.
+
+        Returns:
+            Its name, and those tensors.
+
+        Raises:
+            ConnectionError: the other process is gone and no message of it is left.
+            TimeoutError: nothing came.
+        """
+        if self._in is None:
+            self._hear()
+            if len(self._descriptors) < 2:
+                raise ConnectionError(GONE)
+            self._in = _Inbox(*self._descriptors)
+        while not self._in.has_message():
+            if not self._hear() and not self._in.has_message():  # the last one may have come with the end
+                raise ConnectionError(GONE)
+        return self._in.take(make)
+
+    def _hear(self) -> bytes:
+        """What the other side has said, once there is something; nothing once it has ended."""
+        try:
+            if self._in is not None:
+                return self._socket.recv(4096)
+            said, self._descriptors, _, _ = socket.recv_fds(self._socket, 1, 2, socket.MSG_CMSG_CLOEXEC)
+            return said
+        except BlockingIOError:
+            raise TimeoutError(f"timed out after {self._timeout:g} s") from None
+        except ConnectionResetError:
+            return b""
+
+
+def _map(descriptor: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
+class _Ring:
+    """Shared memory, and where it begins."""
+
+    def __init__(self, memory: mmap.mmap | None = None) -> None:
+        self.bytes = memory
+        self.size = 0 if memory is None else len(memory)
+        self.address = 0 if memory is None else ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+class _Page:
+    """The counters and records of one direction."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self.bytes, self.words = memory, memoryview(memory).cast("q")
+
+    @staticmethod
+    def place(number: int) -> int:
+        """Where the record of a message is, in bytes."""
+        return 8 * FIRST_RECORD + number % NUM_RECORDS * RECORD.size
+
+
+def _new(num_bytes: int) -> tuple[mmap.mmap, int]:
+    """New shared memory, and its descriptor."""
+    descriptor = os.memfd_create("r1mega", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, num_bytes)
+    return mmap.mmap(descriptor, num_bytes), descriptor
+
+
+class _Outbox:
+    """The sender's end of one direction.
+
+    Args:
+        page: counters and records.
+        rings: takes the descriptors of new rings. They have a socket of their own, which they never fill, so that
+            nobody waits to send one.
+    """
+
+    def __init__(self, page: mmap.mmap, rings: socket.socket) -> None:
+        self._rings = rings
+        weakref.finalize(self, rings.close)
+        self._page = _Page(page)
+        self._ring, self._number_of_ring = _Ring(), 0
+        self._next = 0  # where the next message begins, if it fits there
+        self._under_way: deque[tuple[int, int]] = deque()  # of this ring: number of a message, where it begins
+
+    @classmethod
+    def make(cls) -> tuple[_Outbox, int, int]:
+        """A new one, and what its :class:`_Inbox` is made of."""
+        page, descriptor = _new(8 * FIRST_RECORD + NUM_RECORDS * RECORD.size)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        return cls(page, ours), descriptor, theirs.detach()
+
+    def put(self, name: int, header: bytes, tensors: Sequence[Tensor]) -> None:
+        words = self._page.words
+        number, taken = words[SENT], words[TAKEN]
+        if number - taken >= NUM_RECORDS:
+            raise ConnectionError(f"{NUM_RECORDS} messages wait to be taken")
+        sizes = [tensor.nbytes for tensor in tensors]
+        num_bytes = len(header) + sum(sizes)
+        place = self._place(num_bytes, taken)
+        assert self._ring.bytes is not None
+        end = place + len(header)
+        self._ring.bytes[place:end] = header
+        for tensor, size in zip(tensors, sizes, strict=True):
+            ctypes.memmove(self._ring.address + end, tensor.data_ptr(), size)
+            end += size
+        self._under_way.append((number, place))
+        self._next = -(-end // ALIGNMENT) * ALIGNMENT
+        RECORD.pack_into(self._page.bytes, _Page.place(number), name, self._number_of_ring, place, len(header))
+        words[SENT] = number + 1
+
+    def _place(self, num_bytes: int, taken: int) -> int:
+        """Where there is room for so many bytes."""
+        under_way, size = self._under_way, self._ring.size
+        while under_way and under_way[0][0] < taken:
+            under_way.popleft()
+        if not under_way:
+            if num_bytes <= size:
+                return 0  # where the cache is warm
+        else:
+            oldest = under_way[0][1]
+            # messages lie from the oldest to `next`, or from there over the end of the ring
+            free_to = size if self._next > oldest else oldest
+            if self._next + num_bytes <= free_to:
+                return self._next
+            if free_to == size and num_bytes <= oldest:
+                return 0
+        # messages in the old ring stay there: the receiver has it until it takes one of the new ring
+        memory, descriptor = _new(max(SMALLEST_RING, 2 * size, 2 * num_bytes))
+        socket.send_fds(self._rings, [b"\0"], [descriptor])
+        os.close(descriptor)
+        self._ring = _Ring(memory)
+        self._number_of_ring += 1
+        under_way.clear()
+        return 0
+
+
+class _Inbox:
+    """The receiver's end; of descriptors that came from the sender."""
+
+    def __init__(self, page: int, rings: int) -> None:
+        self._page, self._rings = _Page(_map(page)), socket.socket(fileno=rings)
+        weakref.finalize(self, self._rings.close)
+        self._ring, self._number_of_ring = _Ring(), 0
+
+    def has_message(self) -> bool:
+        return self._page.words[SENT] > self._page.words[TAKEN]
+
+    def take(self, make: Callable[[bytes], tuple[Tensor, ...]]) -> tuple[int, tuple[Tensor, ...]]:
+        taken = self._page.words[TAKEN]
+        name, ring, place, header_bytes = RECORD.unpack_from(self._page.bytes, _Page.place(taken))
+        while self._number_of_ring < ring:  # it was sent before the record was written
+            _, (descriptor,), _, _ = socket.recv_fds(self._rings, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            self._ring = _Ring(_map(descriptor))
+            self._number_of_ring += 1
+        assert self._ring.bytes is not None
+        end = place + header_bytes
+        tensors = make(self._ring.bytes[place:end])
+        for tensor in tensors:
+            ctypes.memmove(tensor.data_ptr(), self._ring.address + end, tensor.nbytes)
+            end += tensor.nbytes
+        self._page.words[TAKEN] = taken + 1
+        return name, tensors

@@ -48,7 +48,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu_check, "require_gpu", lambda: None)
     monkeypatch.setattr(gpu_check, "about", lambda: {"device": "NVIDIA Stand-in", "date": "today"})
     monkeypatch.setattr(gpu_check, "build_kernels", lambda: None)
-    monkeypatch.setattr(gpu_check, "SECONDS", gpu_check.SECONDS | {"layer": 3.0})
     output = tmp_path / "gpu.json"
 
     def run(**parts: list[list[str]]) -> tuple[int, dict]:
@@ -73,6 +72,7 @@ def test_one_file_has_the_results_of_all_parts(run, capsys) -> None:
 
 def test_what_fails_hangs_or_waits_is_told_at_the_end_and_the_rest_is_measured(run, capsys, monkeypatch) -> None:
     monkeypatch.setattr(gpu_check, "build_kernels", lambda: "there is no nvcc")
+    monkeypatch.setattr(gpu_check, "SECONDS", gpu_check.SECONDS | {"layer": 6.0})
     bad = PASSED | {"test": "a.py::test_b", "failed": [{"case": "test_b[1]", "error": "it is wrong"}]}
     begun = {"tests": ["a.py::test_a", "a.py::test_b", "a.py::test_c"]}
     crash = "import os; os.abort()"
@@ -88,7 +88,7 @@ def test_what_fails_hangs_or_waits_is_told_at_the_end_and_the_rest_is_measured(r
         "tests: a.py::test_c did not end",
         "tests: test_b[1] failed",
         "tests: exit status -6",
-        "layer: ended after 3 s",
+        "layer: ended after 6 s",
         "routing: combine: RuntimeError: no",
         "waits: plain: r1mega/moe/router.py:7",
         "waits: plain: r1mega/moe/router.py:7",

@@ -45,6 +45,7 @@ from r1mega.config import MoEConfig  # noqa: E402
 from r1mega.files import write_whole  # noqa: E402
 from r1mega.kernels import native  # noqa: E402
 from r1mega.kernels.combine import combine  # noqa: E402
+from r1mega.kernels.grouped_swiglu import grouped_swiglu  # noqa: E402
 from r1mega.kernels.linear import grouped_linear, linear  # noqa: E402
 from r1mega.kernels.permute import permute  # noqa: E402
 from r1mega.kernels.products import group_matmul, group_outer, matmul  # noqa: E402
@@ -97,11 +98,12 @@ class Problem:
     sizes: Sizes
     device: torch.device
     dtype: torch.dtype
+    options: dict = field(default_factory=dict)  # more of MoEConfig
     layer: MoELayer = field(init=False)
 
     def __post_init__(self) -> None:
         s, generator = self.sizes, torch.Generator(self.device).manual_seed(0)
-        config = MoEConfig(s.experts, s.top_k, s.width, score_function="softmax", score_bias=False)
+        config = MoEConfig(s.experts, s.top_k, s.width, score_function="softmax", score_bias=False, **self.options)
         self.state = ParallelState.single_process(self.device)
         self.layer = MoELayer(s.hidden, config, self.state, self.dtype, self.device.type)
         for module in self.layer.modules():
@@ -122,11 +124,15 @@ class Problem:
             for weight in (self.layer.experts.gate_up_proj, self.layer.experts.down_proj)
         )
         self.choices = route(self.x_TH.detach().float() @ self.gate.detach().t(), None, self.layer.gate.options)
-        self.counts = self.choices.counts_E.tolist()
+        # What the layer hands to its products: on a GPU the host does not read it.
+        self.counts = self.choices.counts_E if self.device.type == "cuda" else self.choices.counts_E.tolist()
 
 
 def stages(p: Problem) -> dict[str, tuple[Stage, Stage]]:
-    """Forward and backward of each stage of r1mega's layer; the backward runs again and again on one graph."""
+    """Forward and backward of each stage of r1mega's layer; the backward runs again and again on one graph.
+
+    ``gate_up_swiglu`` is ``gate_up`` and ``swiglu`` as the layer calls them, together: one kernel on a GPU.
+    """
     s, b, store = p.sizes, p.dtype.itemsize, AtOnce()
     leaf = partial(_leaf)
     x, chosen = leaf(p.x_TH), p.choices
@@ -146,6 +152,7 @@ def stages(p: Problem) -> dict[str, tuple[Stage, Stage]]:
     swiglu_forward = lambda: weighted_swiglu(gate_up_leaf, weights_leaf)  # noqa: E731
     hidden = swiglu_forward()
     hidden_leaf = leaf(hidden)
+    fused_forward = lambda: grouped_swiglu(rows_leaf, p.gate_up, weights_leaf, p.counts, store)  # noqa: E731
     down_forward = lambda: grouped_linear(hidden_leaf, p.down, p.counts, store)  # noqa: E731
     down = down_forward()
     down_leaf = leaf(down)
@@ -178,12 +185,44 @@ def stages(p: Problem) -> dict[str, tuple[Stage, Stage]]:
             Stage(swiglu_forward, 3 * wide + choices),
             Stage(back(hidden, (gate_up_leaf, weights_leaf)), 5 * wide + 2 * choices),
         ),
+        "gate_up_swiglu": (
+            Stage(fused_forward, flops=2 * expert_flops),
+            Stage(back(fused_forward(), (rows_leaf, weights_leaf)), flops=4 * expert_flops),
+        ),
         "down": (Stage(down_forward, flops=expert_flops), Stage(back(down, hidden_leaf), flops=2 * expert_flops)),
         "combine": (
             Stage(combine_forward, token_rows + routed_rows + 2 * choices),
             Stage(back(combined, down_leaf), token_rows + routed_rows),
         ),
     }  # fmt: skip
+
+
+def torch_stages(p: Problem) -> dict[str, tuple[Work, Work]]:
+    """Forward and backward of the experts' stages in PyTorch's operations; weight gradients are not accumulated."""
+    s, make = p.sizes, partial(torch.randn, dtype=p.dtype, device=p.device)
+    x, both, hidden = (make(s.rows, width).requires_grad_() for width in (s.hidden, 2 * s.width, s.width))
+    scale = make(s.rows, 1).requires_grad_()
+    ends = torch.as_tensor(p.counts, device=p.device).cumsum(0, dtype=torch.int32)
+
+    def product(rows: Tensor, weight: Tensor) -> Tensor:
+        return F.grouped_mm(rows, weight.flatten(1, -2).transpose(1, 2), offs=ends)
+
+    def swiglu(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=1)
+        return F.silu(gate) * up * scale
+
+    forwards: dict[str, tuple[Work, tuple[Tensor, ...]]] = {
+        "gate_up": (lambda: product(x, p.gate_up), (x, p.gate_up)),
+        "swiglu": (lambda: swiglu(both), (both, scale)),
+        "gate_up_swiglu": (lambda: swiglu(product(x, p.gate_up)), (x, p.gate_up, scale)),
+        "down": (lambda: product(hidden, p.down), (hidden, p.down)),
+    }
+    found = {}
+    for name, (forward, leaves) in forwards.items():
+        output = forward()
+        given = output, leaves, torch.randn_like(output)
+        found[name] = forward, partial(torch.autograd.grad, *given, retain_graph=True)
+    return found
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -226,7 +265,7 @@ def products_alone(p: Problem) -> tuple[Work, Work]:
     make = partial(torch.randn, dtype=p.dtype, device=p.device)
     x, wide, narrow, out = (make(s.rows, width) for width in (s.hidden, 2 * s.width, s.width, s.hidden))
     if p.device.type == "cuda":
-        offsets = torch.tensor(p.counts, device=p.device).cumsum(0).to(torch.int32)
+        offsets = torch.as_tensor(p.counts, device=p.device).cumsum(0).to(torch.int32)
         product = partial(F.grouped_mm, offs=offsets)
         up_t, down_t = ups.transpose(1, 2), downs.transpose(1, 2)
 
@@ -362,12 +401,12 @@ def layer_times(p: Problem, arguments: argparse.Namespace) -> tuple[dict[str, li
 
 
 def print_tables(p: Problem, lines: list[dict], times: dict[str, list[float]]) -> None:
-    print(f"{'stage':12}{'forward ms':>12}{'fraction':>10}{'backward ms':>14}{'fraction':>10}  of")
+    print(f"{'stage':16}{'forward ms':>12}{'fraction':>10}{'backward ms':>14}{'fraction':>10}  of")
     half = len(lines) // 2
     for forward, backward in zip(lines[:half], lines[half:], strict=True):
         of = "copy" if forward["floor_bytes"] else "product"
         both = [(statistics.median(line["seconds"]) * 1e3, line["fraction"]) for line in (forward, backward)]
-        print(f"{forward['stage']:12}{both[0][0]:12.2f}{both[0][1]:10.2f}{both[1][0]:14.2f}{both[1][1]:10.2f}  {of}")
+        print(f"{forward['stage']:16}{both[0][0]:12.2f}{both[0][1]:10.2f}{both[1][0]:14.2f}{both[1][1]:10.2f}  {of}")
     floor = statistics.median(times["products alone"])
     print(f"\n{'layer, forward and backward':32}{'ms':>9}{'range':>20}{'of products':>13}")
     for name, values in times.items():

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1mega.kernels import triton
-from r1mega.kernels.fake import is_fake
+from r1mega.kernels.fake import is_fake, on_host
 from r1mega.kernels.parameter import WeightGradients, like_parameter, local
 from r1mega.kernels.products import add_matmul, group_matmul, group_outer, matmul
 
@@ -100,7 +100,8 @@ def grouped_linear(
         input_RI: ``[R, I]``, sorted by expert.
         weight_EOI: ``[E, O, I]``, a parameter; or ``[E, n, O / n, I]``, whose n products stand side by side.
         counts: rows of each expert, numbers or an integer tensor ``[E]``. They add up to R; where a tensor adds up to
-            less, the rows after them are undefined in the result and in the input's gradient.
+            less, the rows after them are undefined in the result and in the input's gradient. For rows on a GPU a
+            tensor there is better: numbers have to be copied to it, and the host waits for that.
         store: where the weight gradient goes; None returns it to autograd.
 
     Returns:
@@ -124,7 +125,7 @@ class Rows:
     @classmethod
     def of(cls, input_RI: Tensor, counts: Counts) -> Rows:
         """The rows of an operation on ``input_RI``."""
-        if input_RI.device.type == "cpu" and not is_fake(input_RI) and not triton.takes(input_RI):
+        if on_host(input_RI) and not triton.takes(input_RI):
             return cls(counts.tolist() if isinstance(counts, Tensor) else counts)
         counts_E = torch.as_tensor(counts, device=input_RI.device)
         return cls(None, counts_E.cumsum(0, dtype=torch.int32))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1mega.kernels import cuda, native, triton
-from r1mega.kernels.fake import is_fake
+from r1mega.kernels.fake import is_fake, on_host
 from r1mega.kernels.route import first_rows, places
 
 
@@ -58,20 +58,23 @@ def permute(
         capacity: give each expert exactly this many rows, at least its count; the added ones are zero.
         first_row_NE: ``[N, E]`` int64, what :func:`r1mega.kernels.route.route` gave with these ranks; None where ranks
             were counted over all tokens, as :func:`r1mega.kernels.route.rank_choices` does.
-        num_rows: R where choices may be dropped, if the caller knows it; else a GPU is asked for it, and waited for.
+        num_rows: R where choices may be dropped, if the caller knows it. By default it is the number of kept choices;
+            but on a GPU, for which nobody waits, it is ``T K``, and the rows after those of kept choices are zero, as
+            are their weights.
 
     Returns:
         rows ``[R, H]``, their weights ``[R]`` and the map that :func:`combine` takes.
     """
-    if num_rows is None:
-        num_rows = int(counts_E.sum()) if may_drop and capacity is None else experts_TK.numel()
     if first_row_NE is None:
         first_row_NE = first_rows(counts_E).unsqueeze(0)
+    padded = capacity is not None or (may_drop and num_rows is None and not on_host(counts_E))
+    if num_rows is None:
+        num_rows = experts_TK.numel() if padded or not may_drop else int(counts_E.sum())
     if capacity is not None:
         num_rows = counts_E.shape[0] * capacity
         first_of_expert = torch.arange(counts_E.shape[0], device=counts_E.device) * capacity
         first_row_NE = first_row_NE - first_row_NE[0] + first_of_expert
-    row_map = RowMap(torch.empty_like(experts_TK), num_rows, may_drop, capacity is not None)
+    row_map = RowMap(torch.empty_like(experts_TK), num_rows, may_drop, padded)
     rows, weights = _Permute.apply(input_TH, weights_TK, experts_TK, ranks_TK, first_row_NE, row_map)
     return rows, weights, row_map
 
@@ -167,14 +170,15 @@ def reference_copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
     """Row ``row_of_choice[t, k]`` of the result is row t of the input; rows that no choice owns are zero."""
     rows = row_map.row_of_choice.flatten()
     tokens = torch.arange(input_TH.shape[0], device=rows.device).repeat_interleave(row_map.row_of_choice.shape[1])
+    num_rows = row_map.num_rows
     if row_map.dropped:
-        rows, tokens = rows[rows >= 0], tokens[rows >= 0]
+        rows = rows.masked_fill(rows < 0, num_rows)  # one row more, where they meet
     if row_map.padded:
-        padded = input_TH.new_zeros(row_map.num_rows, input_TH.shape[1])
-        return padded.index_copy_(0, rows, input_TH.index_select(0, tokens))
-    token_of_row = torch.empty_like(tokens)
+        padded = input_TH.new_zeros(num_rows + row_map.dropped, input_TH.shape[1])
+        return padded.index_copy_(0, rows, input_TH.index_select(0, tokens))[:num_rows]
+    token_of_row = tokens.new_zeros(num_rows + row_map.dropped)
     token_of_row[rows] = tokens
-    return input_TH.index_select(0, token_of_row)
+    return input_TH.index_select(0, token_of_row[:num_rows])
 
 
 def _sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:

@@ -22,16 +22,21 @@ class Splits:
         received: ``[ep]`` rows that come from each rank.
         gathered: ``[etp]`` rows that each rank of ``etp`` received.
         counts: ``[local experts]`` rows of each local expert.
+        counts_on_device: the same as a tensor on a GPU, whose products read it there; None on a CPU.
     """
 
     sent: list[int]
     received: list[int]
     gathered: list[int]
     counts: list[int]
+    counts_on_device: Tensor | None = None
 
 
 class Counts:
     """The counts of one layer, exchanged once for all its chunks of tokens; the host reads them when first asked.
+
+    This is where a step waits for a GPU if ``ep`` or ``etp`` has more than one rank, once for each layer and
+    microbatch: NCCL wants the numbers of rows that are sent and received on the host.
 
     Args:
         sent: ``[ep, chunks, 1 + local experts]`` int64: rows that go to each rank, and to each of its experts.
@@ -43,6 +48,7 @@ class Counts:
         self._sent, self._etp = sent, etp
         self._received, self._work = all_to_all(sent, [1] * ep.size(), [1] * ep.size(), ep)
         self._host: list | None = None
+        self._on_device: Tensor | None = None  # [chunks, local experts], rows that come for each; on a GPU only
 
     def of_chunk(self, chunk: int) -> Splits:
         """What one chunk of the tokens sends and receives."""
@@ -52,6 +58,8 @@ class Counts:
             received = self._received
             of_etp = received.unsqueeze(0) if self._etp is None else all_gather(received.unsqueeze(0), self._etp)
             self._host = torch.cat([self._sent.unsqueeze(0), of_etp]).tolist()
+            if received.is_cuda:
+                self._on_device = of_etp[..., 1:].sum((0, 1))
         sent, *of_etp_ranks = ([counts[chunk] for counts in of_rank] for of_rank in self._host)
         mine = of_etp_ranks[0 if self._etp is None else self._etp.rank()]
         all_counts = [counts for of_rank in of_etp_ranks for counts in of_rank]
@@ -61,6 +69,7 @@ class Counts:
             [counts[0] for counts in mine],
             [sum(counts[0] for counts in of_rank) for of_rank in of_etp_ranks],
             arriving[1:],
+            None if self._on_device is None else self._on_device[chunk],
         )
 
 

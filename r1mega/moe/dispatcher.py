@@ -6,7 +6,8 @@ That rank copies it to the rows of its experts, sums their results, and sends on
     T tokens -> S rows sent -> N rows received -> R rows of experts -> N sums -> S sums that come back -> T tokens
 
 Neither side moves a row twice: its place is computed from counts. The counts of all ranks are exchanged once, which is
-where the host waits. Where nothing leaves the rank there is one copy and one sum, no message and no waiting.
+where the host waits, on a GPU too: an all-to-all wants numbers of rows on the host. Where nothing leaves the rank there
+is one copy and one sum, no message and no waiting.
 
 Group-limited routing limits nodes: where ranks of a node stand side by side in ``ep`` and the experts of a group lie on
 one node, a token goes to at most ``top_k_groups`` nodes.
@@ -32,11 +33,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1mega.kernels.combine import combine
+from r1mega.kernels.fake import on_host
 from r1mega.kernels.permute import RowMap, copy_rows, permute
 from r1mega.kernels.route import rank_choices
 from r1mega.moe.collectives import Counts
 from r1mega.moe.exchanges import ExpertRanks, Plan, ToExperts, ToTokens
-from r1mega.moe.router import Routing
+from r1mega.moe.router import Routing, counts_of
 from r1mega.moe.wire import RowFormat
 from r1mega.pipeline.exchange import exchange_at_once
 
@@ -76,8 +78,11 @@ class Dispatch:
 
     @property
     def counts(self) -> list[int] | Tensor:
-        """Rows of each local expert, once :attr:`to_experts` was started; a tensor where only a GPU knows them."""
-        return self.local_counts if self.plan is None else self.plan.splits.counts
+        """Rows of each local expert, once :attr:`to_experts` was started; on a GPU a tensor there."""
+        if self.plan is None:
+            return self.local_counts
+        splits = self.plan.splits
+        return splits.counts if splits.counts_on_device is None else splits.counts_on_device
 
     @property
     def to_experts(self) -> ToExperts | None:
@@ -158,13 +163,11 @@ class AllToAllDispatcher:
             hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, routing.counts_E, may_drop,
             padded_capacity, routing.first_row_NE,
         )  # fmt: skip
-        counts: list[int] | Tensor = routing.counts_E
-        if padded_capacity is not None:
-            counts = [padded_capacity] * self.ranks.num_experts
-        elif not hidden_TH.is_cuda:  # a GPU's products read the counts there: the host need not wait for them
-            counts = routing.counts_E.tolist()
+        counts = routing.counts_E if padded_capacity is None else torch.full_like(routing.counts_E, padded_capacity)
+        # A GPU's products read the counts there: the host need not wait for them.
+        of_experts = counts.tolist() if on_host(counts) else counts
         source = hidden_TH.detach() if self.keep_source else None
-        return Dispatch((rows, weights), row_map, local_counts=counts, source=source)
+        return Dispatch((rows, weights), row_map, local_counts=of_experts, source=source)
 
     def prepare_chunks(
         self, hidden_TH: Tensor, routing: Routing, num_chunks: int, padded_capacity: int | None = None
@@ -190,4 +193,4 @@ class AllToAllDispatcher:
 
     def _counts(self, experts_TK: Tensor) -> Tensor:
         num_experts = self.ranks.num_experts
-        return torch.bincount(experts_TK.flatten(), minlength=num_experts + 1)[:num_experts]
+        return counts_of(experts_TK, num_experts + 1)[:num_experts]

@@ -55,10 +55,10 @@ class ExpertRanks:
     def local_ids(self, experts_NK: Tensor) -> Tensor:
         """Local expert of experts counted from 1, ``[N, K]`` int64; their number marks an expert of another rank."""
         if self._table is None or self._table.device != experts_NK.device:
-            table = torch.full((self.num_experts + 2,), self.local_experts)
+            self._table = torch.full((self.num_experts + 2,), self.local_experts, device=experts_NK.device)
             first = 1 + self.ep.rank() * self.local_experts
-            table[first : first + self.local_experts] = torch.arange(self.local_experts)
-            self._table = table.to(experts_NK.device)
+            local = torch.arange(self.local_experts, device=experts_NK.device)
+            self._table[first : first + self.local_experts] = local
         return self._table.index_select(0, experts_NK.flatten()).view(experts_NK.shape)
 
 
@@ -87,7 +87,7 @@ class Plan:
             self._destinations = once_per_rank(experts_TK, ranks.local_experts, ranks.ep.size())
             self._ranks, self.rows_of_rank = rank_choices(self._destinations, ranks.ep.size())
         else:
-            self.rows_of_rank = torch.tensor([self.num_tokens], device=experts_TK.device)
+            self.rows_of_rank = experts_TK.new_full((1,), self.num_tokens)
 
     def counts(self, counts_E: Tensor) -> Tensor:
         """``[ep, 1 + local experts]``: rows for each rank, and for each of its experts."""
@@ -106,7 +106,10 @@ class Plan:
             rows = min(rows, self.capacity * ranks.local_experts)
         each, num_etp = [rows] * ranks.ep.size(), ranks.num_sources // ranks.ep.size()
         of_experts = [self.capacity * ranks.num_sources] * ranks.local_experts
-        return Splits(each, each, [sum(each)] * num_etp, of_experts)
+        on_device = None
+        if self.rows_of_rank.is_cuda:
+            on_device = self.rows_of_rank.new_full((ranks.local_experts,), of_experts[0])
+        return Splits(each, each, [sum(each)] * num_etp, of_experts, on_device)
 
     def leave(self, message_TW: Tensor) -> Tensor:
         """One row for each token and rank that it goes to: ``[T, W] -> [S, W]``."""

@@ -45,6 +45,15 @@ class Routing:
     first_row_NE: Tensor | None = None
 
 
+def counts_of(values: Tensor, size: int) -> Tensor:
+    """How often each of 0, 1, ... ``size - 1`` occurs, ``[size]`` int64; other values do not.
+
+    It is ``bincount``, which on a GPU waits for the greatest value.
+    """
+    flat = values.flatten()
+    return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
+
+
 def balance_loss(probabilities_TE: Tensor, counts_BE: Tensor, sequence_T: Tensor, length: int, top_k: int) -> Tensor:
     """This rank's part of the sequence-wise balance loss, summed over sequences (DeepSeek-V3, equations 17-20).
 
@@ -208,7 +217,7 @@ class Router(nn.Module):
     def _counts_of_sequences(self, experts_TK: Tensor, sequence_T: Tensor, length: int) -> Tensor:
         num_sequences = experts_TK.shape[0] * self.group.size() // length
         slots = sequence_T.unsqueeze(1) * self.config.num_experts + experts_TK
-        counts = torch.bincount(slots.flatten(), minlength=num_sequences * self.config.num_experts)
+        counts = counts_of(slots, num_sequences * self.config.num_experts)
         if self.group.size() > 1:
             dist.all_reduce(counts, group=self.group)
         return counts.view(num_sequences, self.config.num_experts)

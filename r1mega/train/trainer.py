@@ -112,7 +112,13 @@ class Trainer:
         return metrics | {"expert_load_max_over_mean": sum(uneven.values()) / len(uneven)} | uneven
 
     def _sum_over_ranks(self, values: Iterable[Tensor | float]) -> list[float]:
-        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.state.device) for value in values])
+        # Numbers become tensors by a fill: to copy them to a GPU, the host would wait for each.
+        total = torch.stack([
+            value.to(self.state.device, torch.float64)
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=torch.float64, device=self.state.device)
+            for value in values
+        ])  # fmt: skip
         if self.state.layout.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()

@@ -1,6 +1,9 @@
-"""What tests of routing share, here and on the CPU; no pytest, so that ``tools/gpu_check.py`` can run them without."""
+"""What tests of routing share, here and on the CPU."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -8,6 +11,16 @@ from torch import Tensor
 from r1mega.kernels.route import TILE_TOKENS, Choices, RouteOptions
 
 FUNCTIONS = [("sigmoid", True), ("sigmoid", False), ("softmax", True), ("softmax", False)]
+
+
+@contextmanager
+def no_wait() -> Iterator[None]:
+    """An operation that waits for the GPU is an error; kernels must have been compiled before."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def options_of(size: tuple[int, ...], function: tuple[str, bool]) -> RouteOptions:

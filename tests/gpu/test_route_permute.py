@@ -1,13 +1,8 @@
-"""Routing and permutation on a GPU: kernels against the reference on the same GPU and on the CPU, and without a wait.
-
-Plain functions without fixtures, so that ``tools/gpu_check.py`` can run them where there is no pytest.
-"""
+"""Routing and permutation on a GPU: kernels against the reference on the same GPU and on the CPU, without a wait."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,7 +17,7 @@ from r1mega.kernels.route import (
     reference_route,
     route,
 )
-from tests.gpu.routing import FUNCTIONS, assert_equal, options_of
+from tests.gpu.routing import FUNCTIONS, assert_equal, no_wait, options_of
 
 # tokens, experts, choices, groups, kept groups
 SIZES = [
@@ -36,16 +31,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uin
 def random(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator, device="cuda")
-
-
-@contextmanager
-def no_wait() -> Iterator[None]:
-    """An operation that waits for the GPU is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_cuda_library_is_built_and_takes_the_gpus_tensors() -> None:

@@ -1,61 +1,60 @@
-"""The Triton kernels on a GPU: what the unit tests say of them, sizes of R1, and no waiting for the host."""
+"""The Triton kernels on a GPU: what the unit tests say of them, sizes of R1, and no waiting for the host.
+
+In Triton's interpreter the same tests run at sizes that it has done with in a second: ``test_kernels_triton.py``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 
 from r1mega.kernels import triton
 
-if not triton.available() or triton.interpreting():
-    pytest.skip(f"no Triton kernels on a GPU here: {triton.reason()}", allow_module_level=True)
+if not triton.available():
+    pytest.skip(f"no Triton kernels here: {triton.reason()}", allow_module_level=True)
 
 from r1mega.kernels.grouped_swiglu import grouped_swiglu
 from r1mega.kernels.linear import grouped_linear
 from r1mega.kernels.policy_head import policy_head, reference_policy_head
 from r1mega.kernels.route import RouteOptions, reference_route
-from r1mega.kernels.triton import combine, permute, route
+from r1mega.kernels.triton import combine as combine_kernels
+from r1mega.kernels.triton import permute as permute_kernels
+from r1mega.kernels.triton import route as route_kernels
+from tests.gpu.routing import no_wait
 from tests.unit.triton_cases import *  # noqa: F403
+from tests.unit.triton_cases import DEVICE
 
-pytestmark = pytest.mark.gpu
+ON_GPU = DEVICE == "cuda"
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Raises where the host waits for the GPU; kernels are compiled before."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def size(on_gpu: int, interpreted: int) -> int:
+    return on_gpu if ON_GPU else interpreted
+
+
+def no_waiting() -> AbstractContextManager:
+    return no_wait() if ON_GPU else nullcontext()
 
 
 def random_on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", generator=torch.Generator("cuda").manual_seed(sum(shape))).to(dtype)
+    return torch.randn(*shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(sum(shape))).to(dtype)
 
 
-@pytest.mark.parametrize("num_tokens", [8192, 5000])
+@pytest.mark.parametrize("num_tokens", [size(8192, 64), size(5000, 70)])
 def test_a_layer_of_r1_is_routed_permuted_and_combined_as_by_the_reference(num_tokens: int) -> None:
     options = RouteOptions(8, "sigmoid", 8, 4, factor=2.5)
-    logits, tokens = random_on_gpu(num_tokens, 256, dtype=torch.float32), random_on_gpu(num_tokens, 7168)
+    logits, tokens = random_on_gpu(num_tokens, 256, dtype=torch.float32), random_on_gpu(num_tokens, size(7168, 20))
     bias = 0.1 * random_on_gpu(256, dtype=torch.float32)
 
     def whole() -> tuple[torch.Tensor, ...]:
-        experts, weights, ranks, tile_counts, _, _ = route.route(logits, bias, options)
-        first_row, counts = permute.scan(tile_counts)
-        rows, row_of_choice = permute.permute(tokens, experts, ranks, first_row)
-        out = combine.sum_rows(rows, row_of_choice, weights)
-        return (
-            experts,
-            weights,
-            counts,
-            row_of_choice,
-            out,
-            *combine.weighted_backward(tokens, rows, row_of_choice, weights),
-        )
+        experts, weights, ranks, tile_counts, _, _ = route_kernels.route(logits, bias, options)
+        first_row, counts = permute_kernels.scan(tile_counts)
+        rows, row_of_choice = permute_kernels.permute(tokens, experts, ranks, first_row)
+        out = combine_kernels.sum_rows(rows, row_of_choice, weights)
+        gradients = combine_kernels.weighted_backward(tokens, rows, row_of_choice, weights)
+        return experts, weights, counts, row_of_choice, out, *gradients
 
     first = whole()
     with no_waiting():
@@ -78,9 +77,9 @@ def test_a_layer_of_r1_is_routed_permuted_and_combined_as_by_the_reference(num_t
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_grouped_products_of_a_large_layer_equal_products_an_expert(dtype: torch.dtype) -> None:
-    numbers = [(expert * 37) % 11 * 100 for expert in range(16)]
-    num_rows, hidden, width = sum(numbers), 2048, 768
-    counts = torch.tensor(numbers, device="cuda")
+    numbers = [(expert * 37) % 11 * size(100, 1) for expert in range(16)]
+    num_rows, hidden, width = sum(numbers), size(2048, 24), size(768, 16)
+    counts = torch.tensor(numbers, device=DEVICE)
     rows = random_on_gpu(num_rows, hidden, dtype=dtype).requires_grad_()
     gate_up = (random_on_gpu(16, 2, width, hidden, dtype=dtype) / hidden**0.5).requires_grad_()
     down = (random_on_gpu(16, hidden, width, dtype=dtype) / width**0.5).requires_grad_()
@@ -110,9 +109,10 @@ def test_grouped_products_of_a_large_layer_equal_products_an_expert(dtype: torch
 def test_the_policy_head_at_the_vocabulary_of_r1_equals_the_reference_in_float32(triton_runs, monkeypatch) -> None:
     if not triton_runs:
         monkeypatch.setattr(triton, "takes", lambda *tensors: False)
-    hidden, weight = random_on_gpu(300, 512), random_on_gpu(129280, 512) / 16
-    targets = torch.arange(300, device="cuda") * 400
-    advantages = random_on_gpu(300, dtype=torch.float32)
+    num_tokens = size(300, 10)
+    hidden, weight = random_on_gpu(num_tokens, 512), random_on_gpu(size(129280, 1280), 512) / 16
+    targets = torch.arange(num_tokens, device=DEVICE) * size(400, 100)
+    advantages = random_on_gpu(num_tokens, dtype=torch.float32)
     advantages[::3] = 0
 
     def losses(log_probs: torch.Tensor, entropy: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_the_policy_head_at_the_vocabulary_of_r1_equals_the_reference_in_float32
     given, wide = (
         [t.detach().to(to).requires_grad_() for t in (hidden, weight)] for to in (hidden.dtype, torch.float64)
     )
-    actual = policy_head(*given, targets, losses, chunk=128)
+    actual = policy_head(*given, targets, losses, chunk=size(128, 4))
     expected = reference_policy_head(*wide, targets, losses)
     for name in ("log_probs_T", "entropy_T"):
         torch.testing.assert_close(getattr(actual, name).double(), getattr(expected, name), rtol=1e-5, atol=1e-4)

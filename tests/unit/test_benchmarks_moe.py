@@ -18,7 +18,7 @@ def test_the_layer_benchmark_has_every_stage_both_ways_and_checks_the_results(tm
     monkeypatch.setattr(sys, "argv", ["moe_layer.py", *TINY, "--no_megatron", "--output", str(output)])
     assert moe_layer.main() == 0
     found = json.loads(output.read_text())
-    names = ["gate", "route", "permute", "gate_up", "swiglu", "down", "combine"]
+    names = ["gate", "route", "permute", "gate_up", "swiglu", "gate_up_swiglu", "down", "combine"]
     assert [line["stage"] for line in found["stages"]] == names * 2
     assert all((line["floor_bytes"] > 0) != (line["flops"] > 0) for line in found["stages"])
     assert {"r1mega", "products alone", "PyTorch's operations"} == found["layers"].keys()

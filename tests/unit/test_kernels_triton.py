@@ -1,50 +1,63 @@
-"""The Triton kernels, interpreted on the CPU: ``triton_cases.py`` says what they must do.
+"""The Triton kernels, interpreted on the CPU: ``triton_cases.py`` and ``tests/gpu`` say what they must do.
 
 Triton decides when it is imported whether it interprets, so the cases run in a process of their own, once; here each of
-their tests appears under its name.
+their tests appears under its name. They run as ``tools/gpu_check.py`` runs them on a machine without pytest.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from r1mega.kernels import triton
+from tools.plain_tests import RESULT
 
 ROOT = Path(__file__).parents[2]
+ON_GPU = ROOT / "tests/gpu/test_triton.py"
 CASES = Path(__file__).with_name("triton_cases.py")
-TESTS = re.findall(r"^def (test_\w+)", CASES.read_text(encoding="utf-8"), re.MULTILINE)
+TESTS = [
+    name for path in (CASES, ON_GPU) for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.MULTILINE)
+]
+WARNINGS = ["-W", "error", "-W", "ignore::RuntimeWarning"]  # NumPy's, where an exponential saturates as it should
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "R1MEGA_NATIVE": "0", "OMP_NUM_THREADS": "1"}
 needs_triton = pytest.mark.skipif(not triton._found(), reason="Triton is not installed")
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The failures of each test of the cases."""
-    report = tmp_path_factory.mktemp("triton") / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(CASES)]
-    run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+def outcomes() -> dict[str, dict]:
+    """What became of each test of the cases, on a machine that has not even pytest."""
+    program = ["-m", "tests.unit.bare_machine", "tools.plain_tests", "--results", str(ON_GPU)]
+    run = subprocess.run(
+        [sys.executable, *WARNINGS, *program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert run.returncode in (0, 1), run.stdout + run.stderr
-    found: dict[str, list[str]] = defaultdict(list)
-    for case in ElementTree.parse(report).iter("testcase"):
-        failures = [*case.iter("failure"), *case.iter("error"), *case.iter("skipped")]
-        found[case.attrib["name"].partition("[")[0]] += [f"{case.attrib['name']}: {each.text}" for each in failures]
-    return found
+    lines = (json.loads(line.removeprefix(RESULT)) for line in run.stdout.splitlines() if line.startswith(RESULT))
+    return {line["test"].rpartition("::")[2]: line for line in lines if "test" in line}
 
 
 @needs_triton
 @pytest.mark.parametrize("name", TESTS)
-def test_interpreted(name: str, outcomes: dict[str, list[str]]) -> None:
+def test_interpreted(name: str, outcomes: dict[str, dict]) -> None:
     assert name in outcomes, "it did not run"
-    assert not outcomes[name], "\n\n".join(outcomes[name])
+    failed = outcomes[name]["failed"]
+    assert not failed, "\n\n".join(f"{each['case']}\n{each['error']}" for each in failed)
+    assert outcomes[name]["passed"] > 0 and not outcomes[name]["skipped"]
+
+
+@needs_triton
+def test_without_pytest_the_same_cases_run_as_with_it(outcomes: dict[str, dict]) -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(CASES)]
+    run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    collected = Counter(re.findall(r"::(test_\w+)", run.stdout))
+    assert collected and collected == {name: outcomes[name]["passed"] for name in collected}
 
 
 def test_the_package_does_not_import_triton_and_says_why_it_is_not_used() -> None:

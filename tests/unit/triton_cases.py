@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from r1mega.config import MoEConfig
 from r1mega.kernels import cuda, triton
 from r1mega.kernels import permute as permute_operation
 from r1mega.kernels import route as route_operation
@@ -29,6 +30,9 @@ from r1mega.kernels.triton import policy_head as policy_kernels
 from r1mega.kernels.triton import rms_norm as rms_norm_kernels
 from r1mega.kernels.triton.compat import pieces
 from r1mega.kernels.triton.permute import TILE_TOKENS
+from r1mega.moe import dispatcher
+from r1mega.moe.layer import MoELayer
+from r1mega.parallel_state import ParallelState
 from r1mega.pipeline.weight_gradient import WeightGradientStore
 
 # The interpreter is NumPy, which warns where an exponential saturates as it should.
@@ -404,6 +408,24 @@ def test_the_same_bits_twice():
         grads = combine_kernels.weighted_backward(out, rows, row_of_choice, weights)
         results.append((experts, weights, sums, counts, out, *grads))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_layer_that_drops_gives_the_same_where_the_host_does_not_know_how_many(recompute, monkeypatch):
+    torch.manual_seed(0)
+    config = MoEConfig(8, 2, 16, capacity_factor=0.6, recompute=recompute)
+    layer = MoELayer(24, config, ParallelState.single_process(torch.device(DEVICE)), device=DEVICE)
+    x, upstream = random(40, 24), random(40, 24, seed=1)
+    results = []
+    for known in (True, False):
+        for module in (permute_operation, dispatcher):
+            monkeypatch.setattr(module, "on_host", lambda tensor, known=known: known)
+        given = x.clone().requires_grad_()
+        out = layer(given, 20, 2)[0]
+        gradients = torch.autograd.grad(out, (given, *layer.parameters()), upstream)
+        results.append([out, *(getattr(gradient, "_local_tensor", gradient) for gradient in gradients)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS[:3], ids=str)

@@ -143,7 +143,7 @@ def _multiply(
 def _columns(rows_RX: Tensor, gated: bool) -> int:
     """Of a program: as many as its sums leave registers for. Float32 products do not use the tensor cores."""
     if rows_RX.element_size() != 2:
-        return 32
+        return 16 if gated else 32
     return 64 if gated and capability(rows_RX.device) < (9, 0) else 128
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1mega.kernels.combine import combine
+from r1mega.kernels.fake import is_fake
 from r1mega.kernels.permute import RowMap, copy_rows, permute
 from r1mega.kernels.route import rank_choices
 from r1mega.moe.collectives import Counts
@@ -161,7 +162,7 @@ class AllToAllDispatcher:
         counts: list[int] | Tensor = routing.counts_E
         if padded_capacity is not None:
             counts = [padded_capacity] * self.ranks.num_experts
-        elif not hidden_TH.is_cuda:  # a GPU's products read the counts there: the host need not wait for them
+        elif not hidden_TH.is_cuda and not is_fake(hidden_TH):  # a GPU's products read the counts there, without a wait
             counts = routing.counts_E.tolist()
         source = hidden_TH.detach() if self.keep_source else None
         return Dispatch((rows, weights), row_map, local_counts=counts, source=source)

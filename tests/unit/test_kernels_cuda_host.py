@@ -33,6 +33,7 @@ from tests.gpu import routing
 from tests.gpu.routing import FUNCTIONS, options_of, ranks_over_all_tokens
 from tests.unit.cuda_host import ROOT, SEED, SOURCES, compile_host, random, stepped, use
 from tests.unit.cuda_host_mutants import MUTANTS, check
+from tests.unit.random_routes import random_route
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +87,18 @@ def test_route_decides_as_the_reference_where_many_values_are_equal(size, schedu
 def test_route_of_many_tiles_decides_as_the_reference():
     (logits, bias), options = stepped((5000, 32)), RouteOptions(4)
     assert_equal(route(logits, bias, options), reference_route(logits, bias, options))
+
+
+RANDOM = {seed: None for seed in range(40)} | {40: (4990, 384, 16, 12, 4), 41: (1000, 384, 8, 1, 1)}
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("seed", RANDOM)
+def test_at_random_sizes_route_decides_as_the_reference_also_where_logits_are_not_finite(seed):
+    case = random_route(seed, most_tokens=200, kinds=("with ties", "not finite"), size=RANDOM[seed])
+    given = case.logits_TE, case.bias_E, case.options
+    assert cuda.takes_route(*given), case.name
+    assert_equal(route(*given), reference_route(*given))
 
 
 @pytest.mark.usefixtures("host")

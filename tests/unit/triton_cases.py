@@ -33,6 +33,7 @@ from r1mega.kernels.triton import scan as scan_kernels
 from r1mega.kernels.triton.compat import pieces
 from r1mega.kernels.triton.scan import TILE_TOKENS
 from r1mega.pipeline.weight_gradient import WeightGradientStore
+from tests.unit.random_routes import random_route
 
 # The interpreter is NumPy, which warns where an exponential saturates as it should.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -210,6 +211,13 @@ def test_route_decides_exactly_as_the_reference(size, ties):
     for seed, function in enumerate(FUNCTIONS[ties::2]):
         logits, bias, options = route_case(size, function, ties, seed)
         assert_routed(logits, bias if seed == ties else None, options)
+
+
+@pytest.mark.parametrize("seed", range(8, 24))
+def test_at_random_sizes_route_decides_as_the_reference_also_where_logits_are_not_finite(seed):
+    case = random_route(seed, most_tokens=70, kinds=("with ties", "not finite"))
+    bias = None if case.bias_E is None else case.bias_E.to(DEVICE)
+    assert_routed(case.logits_TE.to(DEVICE), bias, case.options)
 
 
 @pytest.mark.parametrize("num_groups", [1, 4])

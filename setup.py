@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT))
 from tools.build_cuda import BuildFailed, architectures, build, find_nvcc  # noqa: E402
 
 
-# torch is the oldest that tools/gpu_check.py ran with, setuptools and pybind11 are those of pyproject.toml. With all the
-# others at these versions at once, the tests of what uses them passed, except that the default corpus has other bytes:
-# it is drawn with sympy. Older ones of jsonargparse and safetensors failed.
+# torch is that of the GPU machines for which tools/gpu_check.py is made, setuptools and pybind11 are as in pyproject.toml.
+# With the others at these versions, all at once, the tests of what uses them passed, but for the bytes of the default
+# corpus, which is drawn with sympy; older versions of jsonargparse and safetensors failed.
 LOWEST = {
     "torch": "2.11", "immutabledict": "4.0", "jsonargparse": "4.53", "math-verify": "0.8", "matplotlib": "3.9",
     "megatron-core": "0.14", "numpy": "2.0", "pandas": "2.2.2", "pybind11": "3.0", "PyYAML": "6.0.1",

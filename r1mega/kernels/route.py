@@ -133,7 +133,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions, with_
     sums = partial(_score_sums, logits_TE, options)
     if native.takes(logits_TE, bias_E) and logits_TE.shape[1] <= native.library.MAX_EXPERTS:  # type: ignore[union-attr]
         experts, weights, ranks, counts, scores = _Route.apply(logits_TE, bias_E, options, with_scores)
-        return Choices(experts, weights, ranks, counts, scan(counts.unsqueeze(0))[0], sums, scores)
+        return Choices(experts, weights, ranks, counts, first_rows(counts).unsqueeze(0), sums, scores)
     kernels = _gpu_kernels(logits_TE, bias_E, options)
     if kernels is not None:
         experts, weights, ranks, counts, first_row, sums = _RouteOnGPU.apply(logits_TE, bias_E, options, kernels)

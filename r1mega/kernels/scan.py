@@ -59,7 +59,7 @@ def reference_scan(
 
 
 def first_rows(counts_E: Tensor) -> Tensor:
-    """The first row of each expert, ``[..., E]``, where all tokens are in one tile."""
+    """The first row of each expert, ``[..., E]``, where all tokens are in one tile: :func:`scan` without its checks."""
     return counts_E.cumsum(-1) - counts_E
 
 

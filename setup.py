@@ -1,4 +1,9 @@
-"""Build of r1mega. Linters' and pytest's settings are in pyproject.toml; pinned versions in requirements/."""
+"""Build of r1mega. Linters' and pytest's settings are in pyproject.toml; pinned versions in requirements/.
+
+There are two ways to install. ``make setup`` installs the pinned versions, with which the whole suite runs, and r1mega
+itself with ``--no-deps``. In another stack pip asks for the ranges below, so that nothing there is replaced without
+need (its torch, above all). What a source distribution has besides the packages is in MANIFEST.in.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,27 @@ sys.path.insert(0, str(ROOT))
 
 from tools.build_cuda import BuildFailed, architectures, build, find_nvcc  # noqa: E402
 
+# torch is that of the GPU machines for which tools/gpu_check.py is made, setuptools and pybind11 are as in
+# pyproject.toml. With the others at these versions, all at once, the tests of what uses them passed, but for the bytes
+# of the default corpus, which is drawn with sympy; older versions of jsonargparse and safetensors failed.
+LOWEST = {
+    "torch": "2.11", "immutabledict": "4.0", "jsonargparse": "4.53", "math-verify": "0.8", "matplotlib": "3.9",
+    "megatron-core": "0.14", "numpy": "2.0", "pandas": "2.2.2", "pybind11": "3.0", "PyYAML": "6.0.1",
+    "reasoning-gym": "0.1.25", "safetensors": "0.8", "sentencepiece": "0.2", "setuptools": "77", "sympy": "1.13.1",
+    "tensorboard": "2.18", "tokenizers": "0.21",
+}  # fmt: skip
+
 
 def requirements(*names: str) -> list[str]:
     """The lines of ``requirements/<name>.txt``, without comments."""
     lines = [line.split("#")[0].strip() for name in names for line in (ROOT / f"requirements/{name}.txt").open()]
     return [line for line in lines if line]
+
+
+def ranges(*names: str) -> list[str]:
+    """The same requirements without their pins: at least the :data:`LOWEST` version."""
+    pinned = [line.split("==")[0] for line in requirements(*names)]
+    return [f"{name}>={LOWEST[name.partition('[')[0]]}" for name in pinned]
 
 
 def version() -> str:
@@ -117,7 +138,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["r1mega", "r1mega.*"]),
     package_data={"r1mega.rl": ["presets/*.yaml"]},
-    install_requires=requirements("torch", "runtime"),
+    install_requires=ranges("torch", "runtime"),
     extras_require={"dev": requirements("dev")},
     entry_points={"console_scripts": ["r1mega = r1mega.cli:main"]},
     **extensions(),

@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -15,7 +17,7 @@
 namespace r1mega {
 namespace {
 
-constexpr int kInterface = 5;                  // r1mega/kernels/native.py wants the same; raise both together
+constexpr int kInterface = 6;                  // r1mega/kernels/native.py wants the same; raise both together
 constexpr int64_t kElementsOfThread = 1 << 16;  // less work is not worth a thread
 
 const Kernels* best_kernels() {
@@ -70,20 +72,29 @@ using Pointer = uintptr_t;
 template <class T>
 T* at(Pointer pointer) { return reinterpret_cast<T*>(pointer); }
 
-// The rank of a choice is the number of choices of its expert before it. `num_experts` marks a dropped choice.
+// The rank of a choice is the number of choices of its expert before it. `num_experts` marks a dropped choice. Others may
+// have made the choices: a wrong one, which would be counted outside of `seen`, is seen at no cost here.
 void rank_choices(Pointer experts, Pointer ranks, Pointer counts, int64_t num_choices, int64_t num_experts) {
   std::vector<int64_t> seen(num_experts + 1, 0);
-  for (int64_t i = 0; i < num_choices; ++i) at<int64_t>(ranks)[i] = seen[at<int64_t>(experts)[i]]++;
+  for (int64_t i = 0; i < num_choices; ++i) {
+    const int64_t expert = at<int64_t>(experts)[i];
+    if (uint64_t(expert) > uint64_t(num_experts))
+      throw std::invalid_argument("experts_TK: expert " + std::to_string(expert) + " (choice " + std::to_string(i) +
+                                  "); they go from 0 to " + std::to_string(num_experts - 1) + ", and " +
+                                  std::to_string(num_experts) + " marks a dropped choice");
+    at<int64_t>(ranks)[i] = seen[expert]++;
+  }
   std::copy(seen.begin(), seen.end() - 1, at<int64_t>(counts));
 }
 
 template <class T>
-void route(Pointer scores, Pointer bias, Pointer experts, Pointer weights, Pointer ranks, Pointer counts,
-           int64_t num_tokens, int num_experts, int top_k, int num_groups, int top_k_groups, bool normalize,
+void route(Pointer scores, Pointer bias, Pointer experts, Pointer weights, Pointer chosen_scores, Pointer ranks,
+           Pointer counts, int64_t num_tokens, int num_experts, int top_k, int num_groups, int top_k_groups, bool normalize,
            double factor, int threads) {
   const RouteOptions options{num_experts, top_k, num_groups, top_k_groups, normalize, false, factor};
   share(num_tokens, num_experts, threads, [&](int64_t begin, int64_t end) {
-    typed<T>().choose(at<T>(scores), at<T>(bias), at<int64_t>(experts), at<T>(weights), options, begin, end);
+    typed<T>().choose(at<T>(scores), at<T>(bias), at<int64_t>(experts), at<T>(weights), at<T>(chosen_scores), options,
+                      begin, end);
   });
   rank_choices(experts, ranks, counts, num_tokens * top_k, num_experts);
 }
@@ -99,19 +110,42 @@ void route_backward(Pointer grad_weights, Pointer grad_scores, Pointer scores, P
   });
 }
 
+template <class T>
+void chosen_backward(Pointer grad_weights, Pointer chosen_scores, Pointer experts, Pointer grad_logits,
+                     int64_t num_tokens, int num_experts, int top_k, bool normalize, bool softmax, double factor,
+                     int threads) {
+  const RouteOptions options{num_experts, top_k, 1, 1, normalize, softmax, factor};
+  share(num_tokens, num_experts, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().chosen_backward(at<T>(grad_weights), at<T>(chosen_scores), at<int64_t>(experts), at<T>(grad_logits),
+                               options, begin, end);
+  });
+}
+
 // Copies rows into expert order: choice i of expert e goes to row first_of_expert[e] + rank[i]; the map is written too.
+// A row outside of the result, of choices that do not fit their counts, is not written: it is an error.
 void permute(Pointer input, Pointer experts, Pointer ranks, Pointer first_of_expert, Pointer row_of_choice,
-             Pointer out, int64_t num_tokens, int64_t num_experts, int top_k, int64_t row_bytes, bool streaming,
-             int threads) {
+             Pointer out, int64_t num_tokens, int64_t num_experts, int top_k, int64_t num_rows, int64_t row_bytes,
+             bool streaming, int threads) {
+  std::atomic<bool> outside{false};
   share(num_tokens, top_k * row_bytes / 4, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * top_k; i < end * top_k; ++i) {
       const int64_t expert = at<int64_t>(experts)[i];
-      at<int64_t>(row_of_choice)[i] =
-          expert == num_experts ? -1 : at<int64_t>(first_of_expert)[expert] + at<int64_t>(ranks)[i];
+      int64_t row = -1;
+      if (expert != num_experts) {
+        if (uint64_t(expert) < uint64_t(num_experts)) row = at<int64_t>(first_of_expert)[expert] + at<int64_t>(ranks)[i];
+        if (uint64_t(row) >= uint64_t(num_rows)) {
+          outside = true;
+          row = -1;
+        }
+      }
+      at<int64_t>(row_of_choice)[i] = row;
     }
     kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, row_bytes, streaming, begin,
                        end);
   });
+  if (outside)
+    throw std::invalid_argument("experts_TK and ranks_TK lead to rows outside of the " + std::to_string(num_rows) +
+                                " that there are: they must fit counts_E, and may_drop be True where choices are dropped");
 }
 
 void copy_rows(Pointer input, Pointer row_of_choice, Pointer out, int64_t num_tokens, int top_k, int64_t row_bytes,
@@ -221,6 +255,7 @@ void define_typed(pybind11::module_& m, const std::string& suffix) {
   const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
   m.def(("route_" + suffix).c_str(), &route<T>, without_gil);
   m.def(("route_backward_" + suffix).c_str(), &route_backward<T>, without_gil);
+  m.def(("chosen_backward_" + suffix).c_str(), &chosen_backward<T>, without_gil);
   m.def(("sum_rows_" + suffix).c_str(), &sum_rows<T>, without_gil);
   m.def(("swiglu_" + suffix).c_str(), &swiglu<T>, without_gil);
   m.def(("swiglu_backward_" + suffix).c_str(), &swiglu_backward<T>, without_gil);

@@ -118,8 +118,8 @@ inline Bits greatest_of(const Bits* keys, int count) {
 }
 
 template <class T>
-void choose(const T* scores, const T* bias, int64_t* experts, T* weights, const RouteOptions& options, int64_t begin,
-            int64_t end) {
+void choose(const T* scores, const T* bias, int64_t* experts, T* weights, T* chosen_scores, const RouteOptions& options,
+            int64_t begin, int64_t end) {
   using Bits = typename Number<T>::Bits;
   const int num_experts = options.num_experts, num_blocks = (num_experts + kBlock - 1) / kBlock;
   T values[kMaxExperts];
@@ -148,6 +148,7 @@ void choose(const T* scores, const T* bias, int64_t* experts, T* weights, const 
       weights[t * options.top_k + k] = row[expert];
       sum += row[expert];
     }
+    if (chosen_scores) memcpy(chosen_scores + t * options.top_k, weights + t * options.top_k, options.top_k * sizeof(T));
     const T divisor = options.normalize ? sum + T(1e-20) : T(1);
     for (int k = 0; k < options.top_k; ++k) {
       T& weight = weights[t * options.top_k + k];
@@ -188,6 +189,32 @@ void route_backward(const T* grad_weights, const T* grad_scores, const T* scores
       for (int e = 0; e < num_experts; ++e) grad[e] = (grad[e] - dot) * score[e];
     } else {
       for (int e = 0; e < num_experts; ++e) grad[e] *= score[e] * (T(1) - score[e]);
+    }
+  }
+}
+
+// An expert that was not chosen has no gradient: with a sigmoid its score is in no weight; softmax and division by the
+// chosen scores' sum are a softmax over the chosen experts.
+template <class T>
+void chosen_backward(const T* grad_weights, const T* chosen_scores, const int64_t* experts, T* grad_logits,
+                     const RouteOptions& options, int64_t begin, int64_t end) {
+  const int num_experts = options.num_experts, top_k = options.top_k;
+  memset(grad_logits + begin * num_experts, 0, (end - begin) * num_experts * sizeof(T));
+  for (int64_t t = begin; t < end; ++t) {
+    const T *grad_weight = grad_weights + t * top_k, *score = chosen_scores + t * top_k;
+    T divisor = 1, mean = 0, dot = 0;
+    if (options.normalize) {
+      divisor = T(1e-20);
+      for (int k = 0; k < top_k; ++k) divisor += score[k];
+      for (int k = 0; k < top_k; ++k) mean += grad_weight[k] * score[k];
+      mean /= divisor;
+    }
+    if (options.softmax)
+      for (int k = 0; k < top_k; ++k) dot += (grad_weight[k] - mean) / divisor * T(options.factor) * score[k];
+    for (int k = 0; k < top_k; ++k) {
+      const T grad_score = (grad_weight[k] - mean) / divisor * T(options.factor);
+      grad_logits[t * num_experts + experts[t * top_k + k]] =
+          options.softmax ? (grad_score - dot) * score[k] : grad_score * score[k] * (T(1) - score[k]);
     }
   }
 }
@@ -427,8 +454,8 @@ constexpr void (*product)(const Product<T>&, int64_t, int64_t) = nullptr;
 
 template <class T>
 constexpr TypedKernels<T> typed() {
-  return {choose<T>,          route_backward<T>, sum_rows<T>,          swiglu<T>,
-          swiglu_backward<T>, rms_norm<T>,       rms_norm_backward<T>, rotate<T>,
+  return {choose<T>,   route_backward<T>, chosen_backward<T>,   sum_rows<T>,        swiglu<T>,
+          swiglu_backward<T>, rms_norm<T>, rms_norm_backward<T>, rotate<T>,
           policy_statistics<T>, policy_gradient<T>, product<T>};
 }
 

@@ -41,12 +41,15 @@ struct RouteOptions {
 
 template <class T>
 struct TypedKernels {
-  // scores [T, E], bias [E] or null -> experts [T, K], best first, and their weights [T, K].
-  void (*choose)(const T* scores, const T* bias, int64_t* experts, T* weights, const RouteOptions& options,
-                 int64_t begin, int64_t end);
+  // scores [T, E], bias [E] or null -> experts [T, K], best first, their weights [T, K] and, unless null, scores [T, K].
+  void (*choose)(const T* scores, const T* bias, int64_t* experts, T* weights, T* chosen_scores,
+                 const RouteOptions& options, int64_t begin, int64_t end);
   // Gradients of weights [T, K] and of scores [T, E], either may be null -> gradient of the logits [T, E].
   void (*route_backward)(const T* grad_weights, const T* grad_scores, const T* scores, const int64_t* experts,
                          T* grad_logits, const RouteOptions& options, int64_t begin, int64_t end);
+  // The same from the scores of the chosen experts [T, K], where the weights depend on no others.
+  void (*chosen_backward)(const T* grad_weights, const T* chosen_scores, const int64_t* experts, T* grad_logits,
+                          const RouteOptions& options, int64_t begin, int64_t end);
   // out[t] = sum over k of rows[row_of_choice[t][k]], in the order of k; a negative row is left out.
   void (*sum_rows)(const T* rows, const int64_t* row_of_choice, T* out, int top_k, int64_t width, int64_t begin,
                    int64_t end);

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1mega.kernels import native, triton
+from r1mega.kernels import check, native, triton
 from r1mega.kernels.fake import is_fake
 from r1mega.kernels.permute import RowMap, _copy_weights, _sum_rows, copy_rows, reference_sum_rows
 
@@ -26,7 +26,15 @@ def combine(rows_RH: Tensor, row_map: RowMap, weights_TK: Tensor | None = None) 
 
     Returns:
         ``[T, H]`` in the type of the rows.
+
+    Raises:
+        ValueError: for rows or weights that are not those of the map.
     """
+    check.matrix("rows_RH", rows_RH)
+    device = row_map.row_of_choice.device
+    check.shaped("rows_RH", rows_RH, (row_map.num_rows, rows_RH.shape[1]), device)
+    if weights_TK is not None:
+        check.shaped("weights_TK", weights_TK, row_map.row_of_choice.shape, device)
     if weights_TK is None:
         return _Combine.apply(rows_RH, row_map)
     return _WeightedCombine.apply(rows_RH, weights_TK, row_map)

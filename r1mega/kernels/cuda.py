@@ -2,7 +2,7 @@
 
 They run where the library was built, ``R1MEGA_CUDA`` is not 0, the machine has a GPU, and the tensors of a call are
 plain, on the GPU and of a type that the operation takes. The functions below are the bare kernels, without autograd and
-without a check of their arguments; ``r1mega.kernels.route`` and ``permute`` call them. They start work on the current
+without a check of shapes; ``r1mega.kernels.route``, ``scan`` and ``permute`` call them. They start work on the current
 stream, never wait for it, and give the same bits in every run.
 
 The library has plain C functions and knows neither Python nor torch: it is called through ctypes.
@@ -34,11 +34,27 @@ MAX_COPIES = 32  # of a row; csrc/cuda/permute.h
 MAX_ROWS = 2**31 - 1
 
 
+# Of an array whose type is not that of the others, which are float32 or, like rows, of any type.
+DTYPES = dict.fromkeys(("experts", "ranks", "first_row", "row_of_choice", "counts"), torch.int64) | {
+    "tile_counts": torch.int32
+}
+
+
 class _Arguments(Structure):
-    """The C structure of the same fields. Tensors become pointers, None the null pointer."""
+    """The C structure of the same fields. Tensors become pointers, None the null pointer.
+
+    Raises ValueError for a tensor that its pointer would misrepresent: of other integers, or not dense.
+    """
 
     def __init__(self, **fields: object) -> None:
-        pointers = {name: value.data_ptr() for name, value in fields.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        for name, tensor in tensors.items():
+            wanted = DTYPES.get(name, tensor.dtype)
+            if tensor.dtype != wanted or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: must be dense and {wanted}; it has {tensor.dtype}, strides {tensor.stride()}"
+                )
+        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         super().__init__(**fields | pointers)
 
 
@@ -196,7 +212,7 @@ def _new_tiles(num_tokens: int, num_experts: int, dtype: torch.dtype, device: to
     return make(max(1, -(-num_tokens // TILE_TOKENS)), num_experts, dtype=dtype, device=device)
 
 
-def scan(tile_counts_NE: Tensor, tile_score_sums_NE: Tensor | None = None) -> tuple[Tensor, ...]:
+def scan(tile_counts_NE: Tensor, tile_score_sums_NE: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Where the rows of each tile and expert begin.
 
     Args:
@@ -204,7 +220,7 @@ def scan(tile_counts_NE: Tensor, tile_score_sums_NE: Tensor | None = None) -> tu
         tile_score_sums_NE: ``[N, E]`` float32, dense.
 
     Returns:
-        first rows ``[N, E]`` int64, counts ``[E]`` int64; where sums were given, their sum over the tiles ``[E]``.
+        first rows ``[N, E]`` int64, counts ``[E]`` int64, and the sum of the sums ``[E]`` (None without them).
     """
     num_tiles, num_experts = tile_counts_NE.shape
     first_row = tile_counts_NE.new_empty(tile_counts_NE.shape, dtype=torch.int64)
@@ -215,7 +231,7 @@ def scan(tile_counts_NE: Tensor, tile_score_sums_NE: Tensor | None = None) -> tu
         first_row=first_row, counts=counts, score_sums=score_sums,
     )  # fmt: skip
     _call("scan", arguments, tile_counts_NE)
-    return (first_row, counts) if score_sums is None else (first_row, counts, score_sums)
+    return first_row, counts, score_sums
 
 
 def permute(

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-INTERFACE = 5  # the extension's functions and their arguments; bind.cpp has the same number
+INTERFACE = 6  # the extension's functions and their arguments; bind.cpp has the same number
 SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
 PLAIN = (Tensor, torch.nn.Parameter)
 # From this size on, copied rows go past the cache: they would push out what is needed sooner.
@@ -57,10 +57,18 @@ def takes(*tensors: Tensor | None) -> bool:
     return dtype in SUFFIXES
 
 
+def takes_integers(*tensors: Tensor) -> bool:
+    """Whether the C++ kernels run for these: plain, on the CPU, int64, dense."""
+    return library is not None and all(
+        type(tensor) in PLAIN and tensor.is_cpu and tensor.dtype == torch.int64 and tensor.is_contiguous()
+        for tensor in tensors
+    )
+
+
 def call(name: str, tensor: Tensor | None, *arguments: object) -> None:
     """Call the function ``name`` for ``tensor``'s type; tensors become pointers, None the null pointer.
 
-    The caller has checked shapes and strides: the kernels check nothing.
+    The caller has checked shapes and strides: the kernels check nothing but what would write outside of an array.
     """
     function = getattr(library, name if tensor is None else name + SUFFIXES[tensor.dtype])
     function(*map(_pointer, arguments), torch.get_num_threads())

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1mega.kernels import cuda, native, triton
+from r1mega.kernels import check, cuda, native, triton
 from r1mega.kernels.fake import is_fake, on_host
-from r1mega.kernels.route import first_rows, places
+from r1mega.kernels.route import places
+from r1mega.kernels.scan import scan
 
 
 @dataclass
@@ -27,12 +28,20 @@ class RowMap:
         num_rows: R.
         dropped: whether some choices may own no row.
         padded: whether some rows may belong to no choice; they are zero, as is their weight.
+
+    Raises:
+        ValueError: for a ``row_of_choice`` of another type or shape, or that is not dense.
     """
 
     row_of_choice: Tensor
     num_rows: int
     dropped: bool = False
     padded: bool = False
+
+    def __post_init__(self) -> None:
+        rows = self.row_of_choice
+        if rows.dtype != torch.int64 or rows.dim() != 2 or not rows.is_contiguous():
+            raise ValueError(f"row_of_choice: must be dense int64 of shape [T, K]; it has {rows.dtype}, {rows.shape}")
 
 
 def permute(
@@ -51,22 +60,41 @@ def permute(
     Args:
         input_TH: ``[T, H]``.
         weights_TK: ``[T, K]``.
-        experts_TK: ``[T, K]`` int64; E marks a dropped choice.
-        ranks_TK: ``[T, K]`` int64, of each choice among those of its tile and expert.
-        counts_E: ``[E]`` int64, choices of each expert.
+        experts_TK: ``[T, K]`` integers; E marks a dropped choice.
+        ranks_TK: ``[T, K]`` integers, of each choice among those of its tile and expert.
+        counts_E: ``[E]`` integers, choices of each expert.
         may_drop: whether there may be dropped choices.
         capacity: give each expert exactly this many rows, at least its count; the added ones are zero.
-        first_row_NE: ``[N, E]`` int64, what :func:`r1mega.kernels.route.route` gave with these ranks; None where ranks
-            were counted over all tokens, as :func:`r1mega.kernels.route.rank_choices` does.
+        first_row_NE: ``[N, E]`` integers, what :func:`r1mega.kernels.route.route` gave with these ranks; None where
+            ranks were counted over all tokens, as :func:`r1mega.kernels.route.rank_choices` does.
         num_rows: R where choices may be dropped, if the caller knows it. By default it is the number of kept choices;
             but on a GPU, for which nobody waits, it is ``T K``, and the rows after those of kept choices are zero, as
             are their weights.
 
     Returns:
         rows ``[R, H]``, their weights ``[R]`` and the map that :func:`combine` takes.
+
+    Raises:
+        ValueError: for shapes, types or devices that do not fit; and where the C++ kernel runs, for experts and ranks
+            that lead to no row.
     """
+    check.matrix("input_TH", input_TH)
+    check.matrix("experts_TK", experts_TK)
+    device, choices = input_TH.device, (input_TH.shape[0], experts_TK.shape[1])
+    experts_TK = check.integers("experts_TK", experts_TK, choices, device).contiguous()
+    ranks_TK = check.integers("ranks_TK", ranks_TK, choices, device).contiguous()
+    check.shaped("weights_TK", weights_TK, choices, device)
+    counts_E = check.integers("counts_E", counts_E, counts_E.shape[:1], device)
     if first_row_NE is None:
-        first_row_NE = first_rows(counts_E).unsqueeze(0)
+        first_row_NE = scan(counts_E.unsqueeze(0))[0]
+    else:
+        tiles = {1, -(-input_TH.shape[0] // cuda.TILE_TOKENS)}
+        check.matrix("first_row_NE", first_row_NE)
+        if first_row_NE.shape[0] not in tiles:
+            raise ValueError(f"first_row_NE: has {first_row_NE.shape[0]} tiles; these tokens have {max(tiles)}")
+        shape = first_row_NE.shape[0], counts_E.shape[0]
+        first_row_NE = check.integers("first_row_NE", first_row_NE, shape, device)
+    first_row_NE = first_row_NE.contiguous()
     padded = capacity is not None or (may_drop and num_rows is None and not on_host(counts_E))
     if num_rows is None:
         num_rows = experts_TK.numel() if padded or not may_drop else int(counts_E.sum())
@@ -106,8 +134,8 @@ def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_N
     if native.takes(input_TH) and num_tiles == 1:
         out, row_bytes = _rows_for(input_TH, row_map)
         native.call(
-            "permute", None, input_TH, experts_TK.contiguous(), ranks_TK.contiguous(), first_row_NE.contiguous(),
-            row_map.row_of_choice, out, experts_TK.shape[0], num_experts, experts_TK.shape[1], row_bytes,
+            "permute", None, input_TH, experts_TK, ranks_TK, first_row_NE, row_map.row_of_choice, out,
+            experts_TK.shape[0], num_experts, experts_TK.shape[1], row_map.num_rows, row_bytes,
             native.streams(out, row_bytes),
         )  # fmt: skip
         return out
@@ -118,9 +146,8 @@ def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_N
         from r1mega.kernels.triton.permute import permute as on_gpu
     if on_gpu is not None:
         rows, row_map.row_of_choice = on_gpu(
-            input_TH, experts_TK.contiguous(), ranks_TK.contiguous(), first_row_NE.contiguous(), row_map.num_rows,
-            row_map.padded,
-        )  # fmt: skip
+            input_TH, experts_TK, ranks_TK, first_row_NE, row_map.num_rows, row_map.padded
+        )
         return rows
     find_rows(experts_TK, ranks_TK, first_row_NE, row_map)
     return copy_rows(input_TH, row_map)
@@ -148,8 +175,14 @@ def _rows_for(input_TH: Tensor, row_map: RowMap) -> tuple[Tensor, int]:
 
 
 def copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
-    """The rows ``[R, H]`` of tokens ``[T, H]``, as :func:`permute` gave them; not differentiable."""
+    """The rows ``[R, H]`` of tokens ``[T, H]``, as :func:`permute` gave them; not differentiable.
+
+    Raises:
+        ValueError: for tokens that are not those of the map.
+    """
     rows = row_map.row_of_choice
+    check.matrix("input_TH", input_TH)
+    check.shaped("input_TH", input_TH, (rows.shape[0], input_TH.shape[1]), rows.device)
     if native.takes(input_TH):
         input_TH = input_TH.contiguous()
         out, row_bytes = _rows_for(input_TH, row_map)

@@ -4,14 +4,24 @@ Scores, group-limited choice and weights follow DeepSeek-V3 (arXiv 2412.19437, s
 E experts, K choices a token, G groups of experts.
 
 * An expert's value is its score plus its bias. Where groups are limited, a group's value is the sum of its two best
-  experts' values; experts of groups that are not kept have the value -infinity.
+  experts' values; experts of groups that are not kept have the value -infinity. (megatron-core's sum is over the best
+  ``top_k // top_k_groups``: the same where that is 2, as for DeepSeek-V3, and else another router.)
 * The K experts with the greatest values are chosen, best first. Of equal values the lower index wins, among groups as
-  among experts. NaN is greater than all numbers, as for ``torch.topk``: a token with NaN in its scores gets valid
-  experts and a weight that is NaN, so that a broken model is seen.
+  among experts; ``torch.topk``, which others use, chooses any of them.
+* Infinite logits are numbers to a sigmoid, whose scores are 1 and 0. To a softmax -infinity is a score of 0; a token
+  with +infinity, or with nothing but -infinity, has no softmax: all its scores are NaN. So are those of a token with a
+  logit that is NaN; with a sigmoid it is that expert's score alone.
+* NaN is greater than all numbers, as for ``torch.topk``, and so is a group's value with NaN in it: a token with NaN in
+  its scores gets K valid experts, the lowest of those that are NaN first, and a weight that is NaN (all of them, where
+  they are normalised), so that a broken model is seen. Counts and ranks are right in any case.
 * The rank of a choice is the number of earlier choices of the same expert, counted token by token: with it, the place
   of each row is known before any row is moved, and it is the same in every run. It is counted inside a tile of tokens,
   since tiles are worked on side by side: the row of a choice is the first row of its tile and expert plus the rank.
-  On the CPU one tile has all tokens; on a GPU a tile has :data:`TILE_TOKENS`.
+  On the CPU one tile has all tokens; on a GPU a tile has :data:`TILE_TOKENS`. ``r1mega.kernels.scan`` makes first rows.
+* The gradient comes from the K scores of the chosen experts, and only these are kept: with a sigmoid the other scores
+  are in no weight; softmax and division by the chosen scores' sum are a softmax over the chosen experts (up to the
+  1e-20 that is added to the sum). Kept as a whole are the scores of a softmax that is not normalised, whose weights
+  depend on all of them, and those that were asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +35,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from r1mega.kernels import cuda, native, triton
+from r1mega.kernels import check, cuda, native, triton
+from r1mega.kernels.scan import first_rows, reference_scan, scan
 
 TILE_TOKENS = cuda.TILE_TOKENS
 
@@ -41,6 +52,9 @@ class RouteOptions:
         top_k_groups: groups that a token's experts may come from.
         normalize: divide the weights by their sum (plus 1e-20).
         factor: factor of the weights.
+
+    Raises:
+        ValueError: for numbers that no router can have.
     """
 
     top_k: int
@@ -49,6 +63,14 @@ class RouteOptions:
     top_k_groups: int = 1
     normalize: bool = True
     factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.score_function not in ("sigmoid", "softmax"):
+            raise ValueError(f"score_function: must be sigmoid or softmax, not {self.score_function}")
+        if self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: must be at least 1")
+        if not 1 <= self.top_k_groups <= self.num_groups:
+            raise ValueError(f"top_k_groups={self.top_k_groups}: must be from 1 to num_groups ({self.num_groups})")
 
     @property
     def needs_logits(self) -> bool:
@@ -84,7 +106,12 @@ class Choices:
 
     @cached_property
     def score_sums_E(self) -> Tensor:
-        """``[E]``, the sum over tokens of the scores, each token's divided by their sum; without gradient."""
+        """``[E]``, the sum over tokens of the scores, each token's divided by their sum; without gradient.
+
+        For load statistics, and for stacks whose auxiliary loss is over the batch. The loss of ``r1mega.moe`` is not
+        made of them: it is of each sequence, and its gradient needs all scores anyway. They stay in the GPU's kernels,
+        which add them while the scores are in registers; on a CPU they are made when they are asked for.
+        """
         return self.sum_scores()
 
 
@@ -96,21 +123,36 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions, with_
         bias_E: ``[E]``, added for the choice but not to the weights; no gradient.
         options: how.
         with_scores: give all scores, too; a GPU has to write them for that.
+
+    Raises:
+        ValueError: for shapes, types, devices or options that do not fit.
     """
+    _check(logits_TE, bias_E, options)
     if bias_E is not None:
         bias_E = bias_E.to(logits_TE.dtype)
-    if native.takes(logits_TE, bias_E) and _fits(options, logits_TE.shape[1]):
-        experts, weights, ranks, counts, scores = _Route.apply(logits_TE, bias_E, options)
-        first_row = first_rows(counts).unsqueeze(0)
-        return Choices(
-            experts, weights, ranks, counts, first_row, partial(score_sums, scores), scores if with_scores else None
-        )
+    sums = partial(_score_sums, logits_TE, options)
+    if native.takes(logits_TE, bias_E) and logits_TE.shape[1] <= native.library.MAX_EXPERTS:  # type: ignore[union-attr]
+        experts, weights, ranks, counts, scores = _Route.apply(logits_TE, bias_E, options, with_scores)
+        return Choices(experts, weights, ranks, counts, first_rows(counts).unsqueeze(0), sums, scores)
     kernels = _gpu_kernels(logits_TE, bias_E, options)
     if kernels is not None:
         experts, weights, ranks, counts, first_row, sums = _RouteOnGPU.apply(logits_TE, bias_E, options, kernels)
         scores = _scores(logits_TE, options) if with_scores else None
         return Choices(experts, weights, ranks, counts, first_row, lambda: sums, scores)
     return reference_route(logits_TE, bias_E, options, with_scores)
+
+
+def _check(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions) -> None:
+    check.matrix("logits_TE", logits_TE)
+    if not logits_TE.is_floating_point():
+        raise ValueError(f"logits_TE: must be float32 or wider, not {logits_TE.dtype}")
+    num_experts = logits_TE.shape[1]
+    if bias_E is not None:
+        check.shaped("bias_E", bias_E, (num_experts,), logits_TE.device)
+    if options.top_k > num_experts:
+        raise ValueError(f"top_k={options.top_k}: there are only {num_experts} experts")
+    if num_experts % options.num_groups:
+        raise ValueError(f"num_groups={options.num_groups}: must divide the number of experts ({num_experts})")
 
 
 def reference_route(
@@ -123,21 +165,14 @@ def reference_route(
     if options.normalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     ranks, counts = reference_rank_choices(experts, logits_TE.shape[1])
-    first_row = first_rows(counts).unsqueeze(0)
-    weights = weights * options.factor
-    return Choices(
-        experts, weights, ranks, counts, first_row, partial(score_sums, scores), scores if with_scores else None
-    )
+    first_row = reference_scan(counts.unsqueeze(0))[0]
+    weights, sums = weights * options.factor, partial(_score_sums, logits_TE, options)
+    return Choices(experts, weights, ranks, counts, first_row, sums, scores if with_scores else None)
 
 
-def first_rows(counts_E: Tensor) -> Tensor:
-    """The first row of each expert, ``[E]``."""
-    return counts_E.cumsum(0) - counts_E
-
-
-def score_sums(scores_TE: Tensor) -> Tensor:
-    """:attr:`Choices.score_sums_E` of these scores."""
-    scores_TE = scores_TE.detach()
+@torch.no_grad()
+def _score_sums(logits_TE: Tensor, options: RouteOptions) -> Tensor:
+    scores_TE = _scores(logits_TE, options)
     return (scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)).sum(0)
 
 
@@ -156,24 +191,33 @@ def choose_experts(scores_TE: Tensor, bias_E: Tensor | None, options: RouteOptio
 
 
 def rank_choices(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Ranks ``[T, K]`` over all tokens and counts ``[E]`` (int64) of choices that something else made.
+    """Ranks ``[T, K]`` over all tokens and counts ``[E]`` (both int64) of choices that something else made.
 
-    The experts of one token differ. E marks a dropped choice, whose rank means nothing.
+    Args:
+        experts_TK: ``[T, K]``, integers of any type; those of one token differ. E marks a dropped choice, whose rank
+            means nothing.
+        num_experts: E.
+
+    Raises:
+        ValueError: for no integers or another shape; and for ids outside of 0 to E where the C++ kernel runs. (A GPU
+            cannot say so without a wait. Its kernel is not made for such ids.)
     """
+    check.matrix("experts_TK", experts_TK)
+    experts_TK = check.integers("experts_TK", experts_TK).contiguous()
     if cuda.takes(experts_TK) and experts_TK.shape[1] > 0 and 0 < num_experts <= cuda.MAX_EXPERTS:
-        return _rank_on_gpu(experts_TK.contiguous(), num_experts)
-    if native.library is None or experts_TK.device.type != "cpu":
+        return _rank_on_gpu(experts_TK, num_experts)
+    if not native.takes_integers(experts_TK):
         return reference_rank_choices(experts_TK, num_experts)
-    experts_TK = experts_TK.contiguous()
     ranks, counts = torch.empty_like(experts_TK), experts_TK.new_empty(num_experts)
-    pointers = (tensor.data_ptr() for tensor in (experts_TK, ranks, counts))
-    native.library.rank_choices(*pointers, experts_TK.numel(), num_experts)
+    native.library.rank_choices(  # type: ignore[union-attr]
+        experts_TK.data_ptr(), ranks.data_ptr(), counts.data_ptr(), experts_TK.numel(), num_experts
+    )
     return ranks, counts
 
 
 def _rank_on_gpu(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     ranks, tile_counts = cuda.rank(experts_TK, num_experts)
-    first_row, counts = cuda.scan(tile_counts)
+    first_row, counts, _ = scan(tile_counts)
     of_earlier_tiles = (first_row - first_row[:1]).flatten()
     return ranks.add_(of_earlier_tiles[places(experts_TK, first_row.shape)]), counts
 
@@ -189,7 +233,7 @@ def places(experts_TK: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def reference_rank_choices(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """:func:`rank_choices` in PyTorch's operations, by a stable sort."""
+    """:func:`rank_choices` in PyTorch's operations, by a stable sort; of int64."""
     flat = experts_TK.flatten()
     # Not bincount: on a GPU it waits for the greatest value, and it has no shape where there are no numbers.
     counts = flat.new_zeros(num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))
@@ -211,59 +255,53 @@ def _gpu_kernels(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions
     """The kernels that run for these on a GPU: CUDA's, then Triton's."""
     if cuda.takes_route(logits_TE, bias_E, options):
         return cuda
-    num_tokens, num_experts = logits_TE.shape
-    whole_groups = num_experts % options.num_groups == 0 and 0 < options.top_k_groups <= options.num_groups
-    fits = num_tokens > 0 and 0 < options.top_k <= num_experts and whole_groups
-    if not fits or logits_TE.dtype != torch.float32 or not triton.takes(logits_TE, bias_E):
+    if logits_TE.shape[0] == 0 or logits_TE.dtype != torch.float32 or not triton.takes(logits_TE, bias_E):
         return None
     from r1mega.kernels.triton import route as kernels
 
     return kernels
 
 
-def _fits(options: RouteOptions, num_experts: int) -> bool:
-    """Whether the kernel's loops stay inside its arrays."""
-    assert native.library is not None
-    whole_groups = num_experts % options.num_groups == 0 and options.top_k_groups <= options.num_groups
-    return 0 < options.top_k <= num_experts <= native.library.MAX_EXPERTS and whole_groups
-
-
 class _Route(torch.autograd.Function):
     # The scores are PyTorch's own here, too: with another exponential, nearly equal scores would be chosen otherwise.
     @staticmethod
-    def forward(ctx, logits, bias, options):
+    def forward(ctx, logits, bias, options, with_scores):
         scores = _scores(logits, options).contiguous()
         num_tokens, num_experts = scores.shape
         weights = scores.new_empty(num_tokens, options.top_k)
         experts = torch.empty(weights.shape, dtype=torch.int64)
         ranks, counts = torch.empty_like(experts), experts.new_empty(num_experts)
+        all_scores = with_scores or options.needs_logits
+        chosen_scores = torch.empty_like(weights) if ctx.needs_input_grad[0] and not all_scores else None
         if bias is not None:
             bias = bias.contiguous()
         native.call(
-            "route", scores, scores, bias, experts, weights, ranks, counts, num_tokens, num_experts, options.top_k,
-            options.num_groups, options.top_k_groups, options.normalize, options.factor,
+            "route", scores, scores, bias, experts, weights, chosen_scores, ranks, counts, num_tokens, num_experts,
+            options.top_k, options.num_groups, options.top_k_groups, options.normalize, options.factor,
         )  # fmt: skip
-        ctx.save_for_backward(scores, experts)
-        ctx.options = options
+        ctx.save_for_backward(scores if all_scores else chosen_scores, experts)
+        ctx.options, ctx.all_scores, ctx.shape = options, all_scores, scores.shape
         ctx.mark_non_differentiable(experts, ranks, counts)
         ctx.set_materialize_grads(False)
-        return experts, weights, ranks, counts, scores
+        return experts, weights, ranks, counts, scores if with_scores else None
 
     @staticmethod
     def backward(ctx, _experts, grad_weights, _ranks, _counts, grad_scores):
         scores, experts = ctx.saved_tensors
         options = ctx.options
         if grad_weights is None and grad_scores is None:
-            return None, None, None
+            return None, None, None, None
         grad_weights, grad_scores = (
             None if grad is None else grad.contiguous() for grad in (grad_weights, grad_scores)
         )
-        grad_logits = torch.empty_like(scores)
-        native.call(
-            "route_backward", scores, grad_weights, grad_scores, scores, experts, grad_logits, *scores.shape,
-            options.top_k, options.normalize, options.score_function == "softmax", options.factor,
-        )  # fmt: skip
-        return grad_logits, None, None
+        grad_logits = scores.new_empty(ctx.shape)
+        of = options.top_k, options.normalize, options.score_function == "softmax", options.factor
+        if ctx.all_scores:
+            given = grad_weights, grad_scores, scores, experts, grad_logits
+            native.call("route_backward", scores, *given, *ctx.shape, *of)
+        else:
+            native.call("chosen_backward", scores, grad_weights, scores, experts, grad_logits, *ctx.shape, *of)
+        return grad_logits, None, None, None
 
 
 class _RouteOnGPU(torch.autograd.Function):
@@ -276,13 +314,8 @@ class _RouteOnGPU(torch.autograd.Function):
     def forward(ctx, logits, bias, options, kernels):
         logits = logits.contiguous()
         bias = None if bias is None else bias.contiguous()
-        experts, weights, ranks, tile_counts, sums, chosen_scores = kernels.route(logits, bias, options)
-        if kernels is cuda:
-            first_row, counts, sums = cuda.scan(tile_counts, sums)
-        else:
-            from r1mega.kernels.triton.permute import scan
-
-            first_row, counts = scan(tile_counts)
+        experts, weights, ranks, tile_counts, tile_sums, chosen_scores = kernels.route(logits, bias, options)
+        first_row, counts, sums = scan(tile_counts, tile_sums)
         ctx.save_for_backward(experts, chosen_scores, logits if options.needs_logits else None)
         ctx.options, ctx.num_experts, ctx.kernels = options, logits.shape[1], kernels
         ctx.mark_non_differentiable(experts, ranks, counts, first_row, sums)

@@ -39,6 +39,7 @@ class Case:
     wire: str = "model"
     dtype: torch.dtype = torch.float64
     native: bool = True
+    ids: torch.dtype = torch.int64
 
 
 CASES = {
@@ -58,6 +59,7 @@ CASES = {
     "ep2 etp2, in PyTorch's operations": Case(2, 2, (9, 7, 3, 5), drops=True, native=False),
     "ep2 etp2, padded": Case(2, 2, (5, 5, 5, 5), drops=True, capacity=5),
     "ep2 etp2, in two chunks": Case(2, 2, (9, 7, 3, 5), chunks=2),
+    "ep2, experts in int32": Case(2, 1, (9, 7), drops=True, ids=torch.int32),
     "ep2 twice": Case(2, 1, (9, 7, 3, 5)),
     "one rank": Case(1, 1, (9,), drops=True),
 }
@@ -120,7 +122,7 @@ def expected(rank: int, ranks: list[int], case: Case) -> dict[str, Tensor]:
 def through_dispatcher(
     dispatcher: AllToAllDispatcher, t: Tokens, case: Case, up: Tensor, down: Tensor
 ) -> dict[str, Tensor]:
-    routing = routing_of(t.experts_TK, t.weights_TK, EXPERTS)
+    routing = routing_of(t.experts_TK.to(case.ids), t.weights_TK, EXPERTS)
     if case.chunks > 1:
         chunks = dispatcher.prepare_chunks(t.x_TH, routing, case.chunks, case.capacity)
         going = [begin(ToExperts(d.plan), *d.inputs) for d in chunks]

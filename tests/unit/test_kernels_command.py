@@ -16,7 +16,7 @@ import torch
 
 from r1mega import cli
 from r1mega.config import Config
-from r1mega.kernels import cuda, native, overview
+from r1mega.kernels import cuda, native, overview, triton
 from r1mega.kernels.overview import OPERATIONS
 from r1mega.train import pretrain
 
@@ -31,7 +31,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_every_operation_is_listed_and_exists(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys)
     for operation in OPERATIONS:
-        assert f"\n{operation.name} " in text
+        assert text.count(f"\n{operation.name} ") == 2  # what it is, and what runs
         assert callable(getattr(importlib.import_module(f"r1mega.kernels.{operation.module}"), operation.name))
     assert native.reason in text and cuda.reason in text
 
@@ -44,6 +44,7 @@ def test_without_the_extension_every_operation_runs_pytorch_and_the_reason_is_sa
     table = json.loads(printed(capsys, "--json"))
     assert table["cpp"] == {"available": False, "reason": "it rains"}
     assert {operation["running"] for operation in table["operations"]} == {"PyTorch"}
+    assert all(each["why"] == "no C++ extension" for each in table["operations"] if "C++" in each["implementations"])
 
 
 @pytest.mark.needs_extension
@@ -55,6 +56,22 @@ def test_with_the_extension_every_operation_that_has_cpp_runs_it(
         for operation in json.loads(printed(capsys, "--json"))["operations"]:
             has_cpp = "C++" in operation["implementations"] and (multiplies or operation["module"] != "linear")
             assert operation["running"] == ("C++" if has_cpp else "PyTorch")
+            assert operation["why"] and operation["why_on_gpu"] is None
+            if operation["name"] == "combine":
+                assert "with them PyTorch" in operation["why"]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_products_of_experts_are_said_to_be_pytorch_s_on_the_gpus_for_which_it_has_them(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(triton, "available", lambda: True)
+    (operation,) = (operation for operation in OPERATIONS if operation.name == "grouped_linear")
+    running = overview.running_on_gpu(operation)
+    assert running is not None and running.name == ("PyTorch" if capability[0] in (9, 10) else "Triton")
+    assert "grouped_mm" in running.why
 
 
 def test_what_runs_on_the_gpu_is_said_only_where_there_is_one(
@@ -68,7 +85,8 @@ def test_what_runs_on_the_gpu_is_said_only_where_there_is_one(
         table = json.loads(printed(capsys, "--json"))
         assert table["cuda"] == {"available": built, "reason": "it snows"} and table["gpu"] == "a GPU"
         on_gpu = {operation["name"]: operation["running_on_gpu"] for operation in table["operations"]}
-        assert on_gpu["route"] == on_gpu["permute"] == expected and on_gpu["linear"] == "PyTorch"
+        assert on_gpu["route"] == on_gpu["scan"] == on_gpu["permute"] == expected and on_gpu["linear"] == "PyTorch"
+        assert all(operation["why_on_gpu"] for operation in table["operations"])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         table = json.loads(printed(capsys, "--json"))
         assert {operation["running_on_gpu"] for operation in table["operations"]} == {None}

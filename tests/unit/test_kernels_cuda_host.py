@@ -28,10 +28,12 @@ from r1mega.kernels.route import (
     reference_route,
     route,
 )
+from r1mega.kernels.scan import reference_scan, scan
 from tests.gpu import routing
 from tests.gpu.routing import FUNCTIONS, options_of, ranks_over_all_tokens
 from tests.unit.cuda_host import ROOT, SEED, SOURCES, compile_host, random, stepped, use
 from tests.unit.cuda_host_mutants import MUTANTS, check
+from tests.unit.random_routes import random_route
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +87,18 @@ def test_route_decides_as_the_reference_where_many_values_are_equal(size, schedu
 def test_route_of_many_tiles_decides_as_the_reference():
     (logits, bias), options = stepped((5000, 32)), RouteOptions(4)
     assert_equal(route(logits, bias, options), reference_route(logits, bias, options))
+
+
+RANDOM = {seed: None for seed in range(40)} | {40: (4990, 384, 16, 12, 4), 41: (1000, 384, 8, 1, 1)}
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("seed", RANDOM)
+def test_at_random_sizes_route_decides_as_the_reference_also_where_logits_are_not_finite(seed):
+    case = random_route(seed, most_tokens=200, kinds=("with ties", "not finite"), size=RANDOM[seed])
+    given = case.logits_TE, case.bias_E, case.options
+    assert cuda.takes_route(*given), case.name
+    assert_equal(route(*given), reference_route(*given))
 
 
 @pytest.mark.usefixtures("host")
@@ -177,6 +191,44 @@ def test_choices_made_elsewhere_are_ranked_as_by_the_reference(num_tokens, top_k
     )
     kept = experts < num_experts
     assert torch.equal(ranks[kept], expected[kept]) and torch.equal(counts, expected_counts)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("num_tiles, num_experts", [(1, 1), (1, 384), (2, 33), (70, 40), (32, 64), (100, 384)])
+def test_scan_finds_the_first_rows_that_the_reference_finds(num_tiles, num_experts, schedule, monkeypatch):
+    tile_counts = random(num_tiles, num_experts).abs().mul(20).int()
+    for sums in (None, random(num_tiles, num_experts)):
+        expected = reference_scan(tile_counts, sums)
+        with monkeypatch.context() as without_reference:
+            without_reference.setattr("r1mega.kernels.scan.reference_scan", None)
+            first_row, counts, summed = scan(tile_counts, sums)
+        assert torch.equal(first_row, expected[0]) and torch.equal(counts, expected[1])
+        assert first_row.dtype == counts.dtype == torch.int64
+        if sums is None:
+            assert summed is None
+        else:
+            torch.testing.assert_close(summed, expected[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("host")
+def test_integers_of_other_types_are_made_int64_or_refused_before_their_address_is_taken():
+    experts = random(130, 9).topk(3).indices
+    ranks, counts = rank_choices(experts.int(), 9)
+    expected = reference_rank_choices(experts, 9)
+    assert torch.equal(ranks, expected[0]) and torch.equal(counts, expected[1])
+    x, weights = random(130, 4), torch.ones(130, 3)
+    rows, _, row_map = permute(x, weights, experts.int(), ranks.int(), counts.int())
+    torch.testing.assert_close(combine(rows, row_map), 3 * x)
+    first_row = scan(counts.unsqueeze(0))[0]
+    for wrong in (experts.int(), experts.t().contiguous().t()):
+        with pytest.raises(ValueError, match="experts: must be dense and torch.int64"):
+            cuda.rank(wrong, 9)
+        with pytest.raises(ValueError, match="experts: must be dense and torch.int64"):
+            cuda.permute(x, wrong, ranks, first_row)
+        with pytest.raises(ValueError, match="row_of_choice: must be dense and torch.int64"):
+            cuda.copy_rows(x, wrong, 390)
+    with pytest.raises(ValueError, match="tile_counts: must be dense and torch.int32"):
+        cuda.scan(counts.unsqueeze(0))
 
 
 # bytes of a row from 1 to several parts of a warp; each size of piece

@@ -20,6 +20,7 @@ from r1mega.kernels.route import (
     reference_route,
     route,
 )
+from tests.unit.random_routes import random_route
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -85,6 +86,64 @@ def test_route_passes_gradcheck(function, implementation):
         return choices.weights_TK, choices.scores_TE
 
     assert gradcheck(differentiable, (logits.requires_grad_(),))
+
+
+@pytest.mark.needs_extension
+@pytest.mark.parametrize("seed", range(60))
+def test_at_random_sizes_all_is_as_by_the_reference(seed, monkeypatch):
+    dtype = (torch.float32, torch.float64)[seed % 7 % 2]
+    case, width = random_route(seed), seed % 40
+    results = []
+    for library in (native.library, None):
+        monkeypatch.setattr(native, "library", library)
+        logits = case.logits_TE.to(dtype).requires_grad_()
+        choices = route(logits, case.bias_E, case.options)
+        decided = choices.experts_TK, choices.ranks_TK, choices.counts_E, choices.first_row_NE
+        x = random(len(logits), width, dtype=dtype).requires_grad_()
+        rows, row_weights, row_map = permute(x, choices.weights_TK, *decided[:3], first_row_NE=decided[3])
+        summed, upstream = combine(rows, row_map), random(*row_weights.shape, dtype=dtype)
+        gradients = torch.autograd.grad((row_weights, summed), (logits, x), (upstream, torch.ones_like(summed)))
+        exact = *decided, rows, row_map.row_of_choice
+        # Where a score is NaN, so is the gradient of that expert if it was chosen; if not, it may be.
+        of_logits = gradients[0][case.logits_TE.isfinite().all(1)]
+        close = choices.weights_TK, row_weights, choices.score_sums_E, summed, gradients[1], of_logits
+        results.append((exact, close))
+    (exact, close), (expected_exact, expected_close) = results
+    assert all(torch.equal(*pair) for pair in zip(exact, expected_exact, strict=True)), case.name
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(close, expected_close, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "softmax"])
+def test_what_is_chosen_where_logits_are_not_finite(function, implementation):
+    nan, inf = math.nan, math.inf
+    logits = torch.tensor([
+        [0, nan, 1, nan, 0, 2], [-inf, 0, inf, 1, inf, 0], [-inf] * 6, [nan] * 6, [-inf, 0, -inf, -inf, -inf, -inf],
+    ])  # fmt: skip
+    choices = route(logits, None, RouteOptions(3, function))
+    experts, weights = choices.experts_TK.tolist(), choices.weights_TK
+    if function == "sigmoid":
+        assert experts == [[1, 3, 5], [2, 4, 3], [0, 1, 2], [0, 1, 2], [1, 0, 2]]
+        assert weights[:, 0].isnan().tolist() == [True, False, False, True, False]
+    else:  # a token with NaN, with +infinity or with -infinity alone has no softmax
+        assert experts == [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2], [1, 0, 2]]
+        assert weights[:4].isnan().all() and weights[4].tolist() == [1, 0, 0]
+    grouped = route(logits, None, RouteOptions(2, function, num_groups=3, top_k_groups=1)).experts_TK.tolist()
+    assert grouped == ([[1, 0], [2, 3], [0, 1], [0, 1], [1, 0]] if function == "sigmoid" else [[0, 1]] * 4 + [[1, 0]])
+    biased = route(logits, torch.tensor([0.0, 0, 0, 0, 0, -inf]), RouteOptions(6, function)).experts_TK
+    assert biased[1:, -1].tolist() == [5] * 4  # the least, or the last of equals
+    assert choices.counts_E.sum() == 15
+
+
+@pytest.mark.needs_extension
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def test_the_backward_keeps_the_scores_of_the_chosen_experts_alone_where_they_are_enough(function):
+    logits, bias, options = case((100, 24, 4, 4, 2), function, torch.float64)
+    for with_scores in (False, True):
+        choices = route(logits.requires_grad_(), bias, options, with_scores)
+        kept = sum(tensor.numel() for tensor in choices.weights_TK.grad_fn.saved_tensors)
+        needs_all = with_scores or function == ("softmax", False)
+        assert kept == 100 * 4 + (100 * 24 if needs_all else 100 * 4)
 
 
 def test_groups_are_ranked_by_the_sum_of_their_two_best_biased_scores(implementation):

@@ -15,6 +15,7 @@ from r1mega.config import MoEConfig
 from r1mega.kernels import cuda, triton
 from r1mega.kernels import permute as permute_operation
 from r1mega.kernels import route as route_operation
+from r1mega.kernels import scan as scan_operation
 from r1mega.kernels.combine import combine
 from r1mega.kernels.grouped_swiglu import grouped_swiglu
 from r1mega.kernels.linear import grouped_linear
@@ -22,18 +23,21 @@ from r1mega.kernels.permute import RowMap, find_rows
 from r1mega.kernels.policy_head import policy_head, reference_policy_head
 from r1mega.kernels.policy_tile import RowGradients, merge, reference_gradient, reference_statistics
 from r1mega.kernels.rms_norm import rms_norm
-from r1mega.kernels.route import RouteOptions, first_rows, rank_choices, reference_route
+from r1mega.kernels.route import RouteOptions, rank_choices, reference_route
+from r1mega.kernels.scan import first_rows
 from r1mega.kernels.swiglu import swiglu, weighted_swiglu
 from r1mega.kernels.triton import combine as combine_kernels
 from r1mega.kernels.triton import grouped, permute, route
 from r1mega.kernels.triton import policy_head as policy_kernels
 from r1mega.kernels.triton import rms_norm as rms_norm_kernels
+from r1mega.kernels.triton import scan as scan_kernels
 from r1mega.kernels.triton.compat import pieces
-from r1mega.kernels.triton.permute import TILE_TOKENS
+from r1mega.kernels.triton.scan import TILE_TOKENS
 from r1mega.moe import dispatcher
 from r1mega.moe.layer import MoELayer
 from r1mega.parallel_state import ParallelState
 from r1mega.pipeline.weight_gradient import WeightGradientStore
+from tests.unit.random_routes import random_route
 
 # The interpreter is NumPy, which warns where an exponential saturates as it should.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -190,13 +194,13 @@ def route_case(size, function, ties=False, seed=0) -> tuple[Tensor, Tensor, Rout
 
 
 def assert_routed(logits: Tensor, bias: Tensor | None, options: RouteOptions) -> None:
-    experts, weights, ranks, tile_counts, sums, scores = route.route(logits, bias, options)
+    experts, weights, ranks, tile_counts, tile_sums, scores = route.route(logits, bias, options)
     expected = reference_route(logits, bias, options, with_scores=True)
     assert torch.equal(experts, expected.experts_TK)
     torch.testing.assert_close(weights, expected.weights_TK, rtol=1e-6, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(scores, expected.scores_TE.gather(1, experts), rtol=1e-6, atol=0, equal_nan=True)
     shares = expected.scores_TE / (expected.scores_TE.sum(1, keepdim=True) + 1e-20)
-    torch.testing.assert_close(sums, shares.sum(0), rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(tile_sums.sum(0), shares.sum(0), rtol=1e-5, atol=1e-6, equal_nan=True)
     assert tile_counts.shape[0] == pieces(logits.shape[0], TILE_TOKENS) and tile_counts.dtype == torch.int32
     for tile, of_tile in enumerate(experts.split(TILE_TOKENS)):
         if of_tile.numel():
@@ -211,6 +215,13 @@ def test_route_decides_exactly_as_the_reference(size, ties):
     for seed, function in enumerate(FUNCTIONS[ties::2]):
         logits, bias, options = route_case(size, function, ties, seed)
         assert_routed(logits, bias if seed == ties else None, options)
+
+
+@pytest.mark.parametrize("seed", range(8, 24))
+def test_at_random_sizes_route_decides_as_the_reference_also_where_logits_are_not_finite(seed):
+    case = random_route(seed, most_tokens=70, kinds=("with ties", "not finite"))
+    bias = None if case.bias_E is None else case.bias_E.to(DEVICE)
+    assert_routed(case.logits_TE.to(DEVICE), bias, case.options)
 
 
 @pytest.mark.parametrize("num_groups", [1, 4])
@@ -251,12 +262,16 @@ def test_the_gradient_of_route_is_the_reference_s(function, sums):
 
 
 def test_the_first_row_of_each_tile_comes_after_the_tiles_and_experts_before_it(monkeypatch):
-    monkeypatch.setattr(permute, "SCANNED_AT_ONCE", 128)  # two tiles
-    for num_tiles in (1, 7):
-        tile_counts = random(num_tiles, 60).abs().mul(3).int()
+    monkeypatch.setattr(scan_kernels, "SCANNED_AT_ONCE", 128)  # two tiles
+    monkeypatch.setattr(cuda, "library", None)
+    monkeypatch.setattr(scan_operation, "reference_scan", None)
+    for num_tiles in (0, 1, 7):
+        tile_counts, tile_sums = random(num_tiles, 60).abs().mul(3).int(), random(num_tiles, 60)
         first_row, counts = permute.scan(tile_counts)
         before = tile_counts.t().flatten().cumsum(0) - tile_counts.t().flatten()
         assert torch.equal(first_row, before.view(60, num_tiles).t()) and torch.equal(counts, tile_counts.sum(0))
+        found = scan_operation.scan(tile_counts, tile_sums)
+        assert all(torch.equal(*pair) for pair in zip(found, (first_row, counts, tile_sums.sum(0)), strict=True))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 64, 130])
@@ -432,7 +447,7 @@ def test_a_layer_that_drops_gives_the_same_where_the_host_does_not_know_how_many
 def test_route_and_permute_run_these_kernels_and_their_gradients(function, monkeypatch):
     monkeypatch.setattr(cuda, "library", None)
     results = []
-    for used in (triton.takes, lambda *tensors: False):
+    for used in (triton.takes, lambda *tensors, **dtypes: False):
         monkeypatch.setattr(triton, "takes", used)
         logits, _, options = route_case((70, 12, 3, 4, 2), function)
         logits, x = (logits * 4).round().div(4).requires_grad_(), random(70, 8).requires_grad_()

@@ -1,6 +1,6 @@
 """Triton versions of the operations, for GPUs; here is whether they run, which tensors they take, and why not.
 
-``combine``, ``swiglu``, ``rms_norm``, ``route`` (and its backward), ``permute`` (with ``scan``), ``grouped`` (products
+``combine``, ``swiglu``, ``rms_norm``, ``route`` (and its backward), ``scan``, ``permute``, ``grouped`` (products
 of each expert's rows) and ``policy_head`` (two passes over logits) are plain functions on tensors that launch kernels
 and know no autograd; ``compat`` is what their kernels share. Triton is imported with the first of these modules, never
 with this package, so that a machine without it works as before.
@@ -19,6 +19,7 @@ import os
 import torch
 from torch import Tensor
 
+LIBRARY_CAPABILITIES = (9, 10)  # of GPUs for which PyTorch's ``grouped_mm`` has a bfloat16 kernel
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PLAIN = (Tensor, torch.nn.Parameter)
 LOWEST_CAPABILITY = (8, 0)
@@ -63,8 +64,8 @@ def _capable(device_index: int) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device_index) >= LOWEST_CAPABILITY
 
 
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether the Triton kernels run for these floating-point tensors; None stands for one that is left out.
+def takes(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
+    """Whether the Triton kernels run for these tensors of ``dtypes``; None stands for one that is left out.
 
     A kernel's code cannot be traced, so ``torch.compile`` sees the PyTorch reference.
     """
@@ -72,5 +73,5 @@ def takes(*tensors: Tensor | None) -> bool:
     device = given[0].device
     if torch.compiler.is_compiling() or not (device.type == "cuda" or (device.type == "cpu" and interpreting())):
         return False
-    plain = all(type(tensor) in PLAIN and tensor.dtype in DTYPES and tensor.device == device for tensor in given)
+    plain = all(type(tensor) in PLAIN and tensor.dtype in dtypes and tensor.device == device for tensor in given)
     return plain and available() and (device.index is None or interpreting() or _capable(device.index))

@@ -19,13 +19,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from r1mega.kernels.triton import LIBRARY_CAPABILITIES
 from r1mega.kernels.triton.compat import capability, cast, dot, launch, padded, pieces, shared_memory, silu
 
 TILE_ROWS = 128
 TILES_AT_ONCE = 32
 INNER_BYTES = 128  # of a row that is loaded at a time: what a swizzled block of shared memory holds
 SPARE_BYTES = 1024
-LIBRARY_CAPABILITIES = (9, 10)
 
 
 def library_multiplies(rows_RX: Tensor, width: int) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from r1mega.kernels.route import RouteOptions
 from r1mega.kernels.triton.compat import exp, launch, padded, pieces
-from r1mega.kernels.triton.permute import TILE_TOKENS
+from r1mega.kernels.triton.scan import TILE_TOKENS
 
 SCORES_AT_ONCE = 4096  # of several tokens; few enough that all stay in registers
 SCORES_AT_ONCE_BACKWARD = 2048
@@ -39,8 +39,9 @@ def route(
 
     Returns:
         experts ``[T, K]`` int64; weights ``[T, K]`` float32; ranks inside the tile ``[T, K]`` int64; choices of each
-        tile ``[N, E]`` int32; the sum over tokens of the scores, each token's divided by their sum, ``[E]`` float32;
-        and the scores of the experts that were chosen, ``[T, K]`` float32, for :func:`route_backward`.
+        tile ``[N, E]`` int32; the sum over its tokens of the scores, each token's divided by their sum, ``[N, E]``
+        float32 (``scan`` adds them up: a sum by atomic additions would differ from run to run); and the scores of the
+        experts that were chosen, ``[T, K]`` float32, for :func:`route_backward`.
     """
     num_tokens, num_experts = logits_TE.shape
     num_tiles, new = pieces(num_tokens, TILE_TOKENS), logits_TE.new_empty
@@ -56,8 +57,7 @@ def route(
             members, options.top_k_groups, options.score_function == "softmax", options.normalize, TILE_TOKENS, at_once,
         )  # fmt: skip
         launch(_route, (num_tiles,), arguments, num_warps=8)
-    # One row a tile, then their sum: a sum by atomic additions would differ from run to run.
-    return experts, weights, ranks, tile_counts, tile_sums.sum(0), chosen_scores
+    return experts, weights, ranks, tile_counts, tile_sums, chosen_scores
 
 
 @triton.jit

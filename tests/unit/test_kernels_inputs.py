@@ -1,0 +1,197 @@
+"""What other stacks give the routing operations: integers of every type, and what is wrong, for one clear error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from r1mega.kernels import native
+from r1mega.kernels.combine import combine
+from r1mega.kernels.permute import RowMap, copy_rows, permute
+from r1mega.kernels.route import RouteOptions, rank_choices, route
+from r1mega.kernels.scan import scan
+from r1mega.moe.dispatcher import AllToAllDispatcher, routing_of
+from r1mega.parallel_state import ParallelState
+
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+T, K, E, H = 70, 3, 9, 4
+
+
+def choices() -> Tensor:
+    return torch.rand(T, E, generator=torch.Generator().manual_seed(0)).topk(K).indices
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_experts_may_be_integers_of_any_type_as_routers_of_other_stacks_give_them(dtype, implementation):
+    experts = choices()
+    expected = rank_choices(experts, E)
+    ranks, counts = rank_choices(experts.to(dtype), E)
+    assert torch.equal(ranks, expected[0]) and torch.equal(counts, expected[1])
+    assert ranks.dtype == counts.dtype == torch.int64
+    x, weights = torch.randn(T, H), torch.randn(T, K)
+    (rows, row_weights, row_map), wanted = (
+        permute(x, weights, *(part.to(of) for part in (experts, *expected))) for of in (dtype, torch.int64)
+    )
+    assert torch.equal(rows, wanted[0]) and torch.equal(row_weights, wanted[1])
+    assert torch.equal(combine(rows, row_map), combine(*wanted[::2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_the_dispatcher_takes_the_experts_of_another_router(dtype, implementation):
+    x, weights, experts = torch.randn(T, H), torch.rand(T, K), choices()
+    experts[5, 1] = E  # dropped
+    dispatcher = AllToAllDispatcher(E, ParallelState.single_process().group("ep"))
+    d = dispatcher.dispatch(x, routing_of(experts.to(dtype), weights, E), may_drop=True)
+    assert d.rows is not None and d.weights is not None
+    out = dispatcher.combine(d.rows * d.weights.unsqueeze(1), d)
+    torch.testing.assert_close(out, x * weights.masked_fill(experts == E, 0).sum(1, keepdim=True))
+
+
+def test_experts_need_not_be_dense(implementation):
+    experts = choices()
+    strided = experts.t().contiguous().t()
+    assert not strided.is_contiguous()
+    assert torch.equal(rank_choices(strided, E)[0], rank_choices(experts, E)[0])
+    ranks, counts = rank_choices(experts, E)
+    x, weights = torch.randn(H, T).t(), torch.randn(K, T).t()
+    rows, _, row_map = permute(x, weights, strided, ranks.t().contiguous().t(), counts)
+    torch.testing.assert_close(combine(rows, row_map), K * x)
+    torch.testing.assert_close(
+        combine(rows.t().contiguous().t(), row_map, weights), x * weights.sum(1, keepdim=True), rtol=1e-5, atol=1e-5
+    )
+
+
+def given(**changes: Tensor | None) -> dict[str, Tensor | None]:
+    """Right arguments of permute, and ``changes``."""
+    experts = choices()
+    ranks, counts = rank_choices(experts, E)
+    right = {"experts_TK": experts, "ranks_TK": ranks, "counts_E": counts}
+    return {"input_TH": torch.ones(T, H), "weights_TK": torch.ones(T, K), **right} | changes
+
+
+integers = dict(dtype=torch.int64)
+WRONG_PERMUTES = {
+    "another type of experts": ("experts_TK: must be integers", {"experts_TK": torch.ones(T, K)}),
+    "experts of other tokens": ("experts_TK: .*shape", {"experts_TK": torch.ones(T - 1, K, **integers)}),
+    "experts of one dimension": ("experts_TK: .*2 dimensions", {"experts_TK": torch.ones(T, **integers)}),
+    "experts on another device": ("experts_TK: .*meta", {"experts_TK": torch.ones(T, K, device="meta", **integers)}),
+    "another type of ranks": ("ranks_TK: must be integers", {"ranks_TK": torch.ones(T, K)}),
+    "ranks of fewer choices": ("ranks_TK: .*shape", {"ranks_TK": torch.ones(T, K - 1, **integers)}),
+    "weights of fewer choices": ("weights_TK: .*shape", {"weights_TK": torch.ones(T, K - 1)}),
+    "tokens of three dimensions": ("input_TH: .*2 dimensions", {"input_TH": torch.ones(T, H, 1)}),
+    "counts of two dimensions": ("counts_E: .*shape", {"counts_E": torch.ones(E, 1, **integers)}),
+    "another type of counts": ("counts_E: must be integers", {"counts_E": torch.ones(E)}),
+    "first rows of other tiles": ("first_row_NE: .*3 tiles", {"first_row_NE": torch.ones(3, E, **integers)}),
+    "first rows of other experts": ("first_row_NE: .*shape", {"first_row_NE": torch.ones(1, E - 1, **integers)}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PERMUTES)
+def test_permute_refuses(wrong, implementation):
+    message, changes = WRONG_PERMUTES[wrong]
+    with pytest.raises(ValueError, match=message):
+        permute(**given(**changes))
+
+
+@pytest.mark.parametrize(
+    "message, experts",
+    [
+        ("experts_TK: must be integers", torch.ones(T, K)),
+        ("experts_TK: must be integers", torch.ones(T, K, dtype=torch.bool)),
+        ("experts_TK: .*2 dimensions", torch.ones(T, **integers)),
+    ],
+)
+def test_rank_choices_refuses(message, experts, implementation):
+    with pytest.raises(ValueError, match=message):
+        rank_choices(experts, E)
+
+
+@pytest.mark.needs_extension
+@pytest.mark.parametrize("expert", [-1, E + 1, 1 << 40])
+def test_experts_that_do_not_exist_are_refused_where_the_kernel_would_write_outside_its_arrays(expert):
+    experts = choices()
+    ranks, counts = rank_choices(experts, E)
+    experts[7, 2] = expert
+    message = rf"experts_TK: expert {expert} \(choice 23\); they go from 0 to 8, and 9 marks"
+    with pytest.raises(ValueError, match=message):
+        rank_choices(experts, E)
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(ValueError, match="lead to rows outside of the 210"):
+            permute(torch.ones(T, H, dtype=dtype), torch.ones(T, K), experts, ranks, counts)
+
+
+@pytest.mark.needs_extension
+@pytest.mark.parametrize("rank", [-1000, 1000])
+def test_ranks_that_lead_outside_the_rows_are_refused(rank):
+    arguments = given()
+    arguments["ranks_TK"][4, 0] = rank
+    with pytest.raises(ValueError, match="rows outside"):
+        permute(**arguments)
+
+
+def test_rows_of_another_number_are_not_those_of_the_map(implementation):
+    rows, _, row_map = permute(**given())
+    for operation in (combine, lambda rows, row_map: combine(rows, row_map, torch.ones(T, K))):
+        for wrong in (rows[:-1], rows.unsqueeze(0)):
+            with pytest.raises(ValueError, match="rows_RH"):
+                operation(wrong, row_map)
+    with pytest.raises(ValueError, match="weights_TK: .*shape"):
+        combine(rows, row_map, torch.ones(T, K + 1))
+    with pytest.raises(ValueError, match="input_TH: .*shape"):
+        copy_rows(torch.ones(T + 1, H), row_map)
+    for wrong in (torch.ones(T, K), torch.ones(T, **integers), torch.ones(K, T, **integers).t()):
+        with pytest.raises(ValueError, match="row_of_choice: must be dense int64"):
+            RowMap(wrong, 210)
+
+
+LOGITS = torch.zeros(T, 8)
+
+
+@pytest.mark.parametrize(
+    "message, logits, bias, options",
+    [
+        ("logits_TE: .*2 dimensions", LOGITS[0], None, RouteOptions(2)),
+        ("logits_TE: must be float32", LOGITS.long(), None, RouteOptions(2)),
+        ("bias_E: .*shape", LOGITS, torch.zeros(7), RouteOptions(2)),
+        ("bias_E: .*shape", LOGITS, torch.zeros(1, 8), RouteOptions(2)),
+        ("bias_E: .*meta", LOGITS, torch.zeros(8, device="meta"), RouteOptions(2)),
+        ("top_k=9: there are only 8 experts", LOGITS, None, RouteOptions(9)),
+        ("num_groups=3: must divide", LOGITS, None, RouteOptions(2, num_groups=3)),
+    ],
+)
+def test_route_refuses(message, logits, bias, options, implementation):
+    with pytest.raises(ValueError, match=message):
+        route(logits, bias, options)
+
+
+@pytest.mark.parametrize(
+    "message, options",
+    [
+        ("top_k=0", {"top_k": 0}),
+        ("score_function", {"top_k": 1, "score_function": "relu"}),
+        ("top_k_groups=0", {"top_k": 1, "top_k_groups": 0}),
+        ("top_k_groups=3", {"top_k": 1, "num_groups": 2, "top_k_groups": 3}),
+    ],
+)
+def test_options_that_no_router_can_have_are_refused(message, options):
+    with pytest.raises(ValueError, match=message):
+        RouteOptions(**options)
+
+
+def test_scan_refuses():
+    counts = torch.ones(2, E, dtype=torch.int32)
+    for message, arguments in (
+        ("tile_counts_NE: must be integers", (counts.float(),)),
+        ("tile_counts_NE: .*2 dimensions", (counts[0],)),
+        ("tile_score_sums_NE: .*shape", (counts, torch.ones(E))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scan(*arguments)
+
+
+def test_a_tensor_without_numbers_never_reaches_the_extension(monkeypatch):
+    monkeypatch.setattr(native, "library", object())  # an error if a function of it was called
+    experts = torch.empty(T, K, dtype=torch.int64, device="meta")
+    assert not native.takes_integers(experts) and native.takes_integers(choices())
+    assert rank_choices(experts, E)[0].shape == (T, K)

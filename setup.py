@@ -2,7 +2,7 @@
 
 There are two ways to install. ``make setup`` installs the pinned versions, with which the whole suite runs, and r1mega
 itself with ``--no-deps``. In another stack pip asks for the ranges below, so that nothing there is replaced without
-need (its torch, above all). What a source distribution has besides the packages is in MANIFEST.in.
+need, its torch above all. What a source distribution has besides the packages is in MANIFEST.in.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools.build_cuda import BuildFailed, architectures, build, find_nvcc  # noqa: E402
 
-# torch is that of the GPU machines for which tools/gpu_check.py is made, setuptools and pybind11 are as in
+# torch is that of the GPU machines for which tools/gpu_check.py is made; setuptools and pybind11 are as in
 # pyproject.toml. With the others at these versions, all at once, the tests of what uses them passed, but for the bytes
 # of the default corpus, which is drawn with sympy; older versions of jsonargparse and safetensors failed.
 LOWEST = {

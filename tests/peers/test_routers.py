@@ -16,7 +16,8 @@ with quiet_import():
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
 TOKENS, HIDDEN = 10_000, 32
-# experts, choices, groups, kept groups; DeepSeek-V3's first
+# experts, choices, groups, kept groups; DeepSeek-V3's first. Choices are twice the kept groups, so that megatron-core's
+# value of a group is a sum of two as well (test_router_ties.py). Ties are tested there, too.
 SIZES = [(256, 8, 8, 4), (64, 6, 1, 1), (32, 4, 4, 2)]
 
 

@@ -34,10 +34,11 @@ def test_a_first_row_is_the_rows_of_experts_before_and_of_the_expert_in_tiles_be
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_counts_may_be_integers_of_any_type_and_first_rows_do_not_overflow_theirs(dtype):
-    tile_counts = counts_of(7, 60)
-    actual, expected = scan(tile_counts.to(dtype)), scan(tile_counts)
-    for got, wanted in zip(actual[:2], expected[:2], strict=True):
-        assert got.dtype == torch.int64 and torch.equal(got, wanted)
+    for num_tiles in (1, 7):
+        tile_counts = counts_of(num_tiles, 60)
+        actual, expected = scan(tile_counts.to(dtype)), scan(tile_counts)
+        for got, wanted in zip(actual[:2], expected[:2], strict=True):
+            assert got.dtype == torch.int64 and torch.equal(got, wanted)
 
 
 def test_sums_of_scores_are_added_over_the_tiles_and_have_no_gradient():

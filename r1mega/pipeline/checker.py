@@ -10,6 +10,11 @@ from r1mega.pipeline.transfers import Message, Program, programs
 
 __all__ = ["Report", "ScheduleError", "check", "check_transfers"]
 
+BEFORE: dict[Kind, tuple[Kind, ...]] = {
+    Kind.F: (), Kind.C: (Kind.F,), Kind.B: (Kind.F, Kind.C), Kind.I: (Kind.F, Kind.C), Kind.W: (Kind.I,),
+    Kind.R: (), Kind.O: (Kind.R,),
+}  # fmt: skip
+
 
 @dataclass
 class Report:
@@ -105,20 +110,18 @@ def _check_order(table: Table) -> None:
                 raise ScheduleError(rank, cell.backward, f"overlaps its own forward, {cell.forward}")
         present = set(table.actions(rank))
         done: set[Action] = set()
+        reduced: set[int] = set()
         for action in table.actions(rank):
-            if Action(Kind.R, action.stage) in done and action.kind is not Kind.O:
-                raise ScheduleError(rank, action, f"comes after {Action(Kind.R, action.stage)}")
-            for before in _before(action):
-                if before not in done and (before in present or before.kind is not Kind.C):
+            kind, stage, microbatch = action
+            if stage in reduced and kind is not Kind.O:
+                raise ScheduleError(rank, action, f"comes after {Action(Kind.R, stage)}")
+            for kind_before in BEFORE[kind]:
+                before = Action(kind_before, stage, microbatch)
+                if before not in done and (before in present or kind_before is not Kind.C):
                     raise ScheduleError(rank, action, f"comes before {before}")
             done.add(action)
-
-
-def _before(action: Action) -> list[Action]:
-    kinds = {
-        Kind.C: (Kind.F,), Kind.B: (Kind.F, Kind.C), Kind.I: (Kind.F, Kind.C), Kind.W: (Kind.I,), Kind.O: (Kind.R,),
-    }.get(action.kind, ())  # fmt: skip
-    return [action._replace(kind=kind) for kind in kinds]
+            if kind is Kind.R:
+                reduced.add(stage)
 
 
 def check_transfers(ranks: list[Program]) -> None:
@@ -192,7 +195,10 @@ def _peak_activations(row: list[Action]) -> int:
     recomputed = {action[1:] for action in row if action.kind is Kind.C}
     held = peak = 0
     for action in row:
-        begins = Kind.C if action[1:] in recomputed else Kind.F
-        held += {begins: 1, Kind.B: -1, Kind.W: -1}.get(action.kind, 0)
-        peak = max(peak, held)
+        kind = action.kind
+        if kind is Kind.C or (kind is Kind.F and action[1:] not in recomputed):
+            held += 1
+            peak = max(peak, held)
+        elif kind is Kind.B or kind is Kind.W:
+            held -= 1
     return peak

@@ -59,7 +59,7 @@ class Program:
 def programs(table: Table, forward_only: bool = False) -> list[Program]:
     """The program of each rank. The table must be complete (see :mod:`r1mega.pipeline.checker`)."""
     steps = [
-        [tuple(Step(action, _takes(action, table), _gives(action, table)) for action in cell) for cell in row]
+        [tuple([Step(action, _takes(action, table), _gives(action, table)) for action in cell]) for cell in row]
         for row in (_cells(row, forward_only) for row in table.rows)
     ]
     incoming: list[dict[int, list[Message]]] = [{} for _ in steps]
@@ -69,7 +69,7 @@ def programs(table: Table, forward_only: bool = False) -> list[Program]:
                 incoming[step.gives.destination].setdefault(step.gives.source, []).append(step.gives)
     acknowledged = _acknowledgements(steps, incoming)
     for row in steps:
-        row[:] = [tuple(s._replace(acknowledged=acknowledged.get(s.takes, 0)) for s in together) for together in row]
+        row[:] = [tuple([Step(*s[:3], acknowledged.get(s.takes, 0)) for s in together]) for together in row]
     return [Program(rank, row, incoming[rank]) for rank, row in enumerate(steps)]
 
 

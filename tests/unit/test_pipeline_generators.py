@@ -25,6 +25,9 @@ from r1mega.pipeline.schedules import (
     zbv,
 )
 from r1mega.pipeline.simulator import simulate
+from r1mega.pipeline.transfers import programs
+from tests.unit import fake_transport
+from tests.unit.fake_transport import execute
 
 SMALL = list(itertools.product(range(1, 7), range(1, 9)))
 
@@ -49,22 +52,55 @@ def assert_keeps_the_promises(table: Table, num_ranks: int, num_microbatches: in
             assert any(a.stage == stage for a in before) or not table.microbatches_of(stage)
 
 
-def test_ten_thousand_random_tables_keep_all_promises() -> None:
+def random_costs(chance: random.Random, num_stages: int) -> Costs:
+    """Different ones for each stage; some are nothing."""
+    forward, backward_input, backward_weight, reduce = (
+        [chance.choice([0.0, 0.3, 1.0, 2.5]) for _ in range(num_stages)] for _ in range(4)
+    )
+    communication, overlap = chance.choice([0.0, 0.2, 3.0]), chance.choice([0.7, 1.0, 1.2])
+    return Costs(forward, backward_input, backward_weight, communication, overlap=overlap, reduce=reduce)
+
+
+def test_ten_thousand_random_tables_are_accepted_run_and_hold_what_checker_and_simulator_say() -> None:
     chance = random.Random(2)
+    sizes = []
     for _ in range(10_000):
-        name, num_ranks = chance.choice(list(SCHEDULES)), chance.randint(1, 16)
-        # a few tables as large as in real life, the others large enough to show every phase of a few ranks
-        large = chance.random() < 0.01
-        chunks = SCHEDULES[name].chunks or chance.randint(1, 5 if large else min(5, 32 // num_ranks))
-        most = 3 * num_ranks if large else max(2, 32 // (num_ranks * chunks))
-        num_microbatches = chance.randint(1, most)
+        # small ones show every phase of a few ranks, and one large one takes as long as thirty of them
+        num_ranks = chance.randint(1, 4) if chance.random() < 0.96 else chance.randint(5, 16)
+        name, num_microbatches = chance.choice(list(SCHEDULES)), chance.randint(1, 3 * num_ranks)
+        chunks = SCHEDULES[name].chunks or chance.randint(1, 4)
         made = make_table(name, num_ranks, num_microbatches, chunks)
         assert_keeps_the_promises(made, num_ranks, num_microbatches, chunks)
-        peaks = [peak * num_ranks / made.stages_per_copy for peak in check(made).peak_activations]
-        costs = Costs(*(chance.choice([0.0, 0.3, 1.0, 2.5]) for _ in range(4)))
-        simulation = simulate(made, costs)  # every action runs, and every message arrives
-        assert simulation.peak_activations == pytest.approx(peaks)
-        assert sum(map(len, simulation.spans)) == sum(map(len, made.rows))
+        if chance.random() < 0.1:
+            made = with_recomputation(made)
+        peaks = check(made).peak_activations
+        work = execute(made, chance)
+        work.assert_complete(made)
+        assert work.peaks == peaks
+        simulation = simulate(made, random_costs(chance, made.stages_per_copy))
+        share = num_ranks / made.stages_per_copy
+        assert all(abs(a - share * b) < 1e-9 for a, b in zip(simulation.peak_activations, peaks, strict=True))
+        assert list(map(len, simulation.spans)) == list(map(len, made.rows))
+        sizes.append((num_ranks, num_microbatches))
+    assert sum(p <= m for p, m in sizes) > 6000 and sum(8 <= p <= m for p, m in sizes) > 150, "all phases are met"
+
+
+@pytest.mark.parametrize("sabotage", ["the order of a pair of ranks", "an action", "a message", "a deadlock"])
+def test_the_fake_transport_notices(sabotage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_table("1f1b", 3, 5)
+    changed = programs(made)
+    if sabotage == "the order of a pair of ranks":
+        changed[1].incoming[0].reverse()
+    elif sabotage == "an action":
+        changed[2].steps.pop(-2)
+    elif sabotage == "a deadlock":
+        changed[1].steps.insert(0, changed[1].steps.pop(2))
+    else:
+        changed[0].steps[0] = (changed[0].steps[0][0]._replace(gives=None),)
+    monkeypatch.setattr(fake_transport, "programs", lambda table: changed)
+    for seed in range(5):
+        with pytest.raises(AssertionError):
+            execute(made, random.Random(seed)).assert_complete(made)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -127,10 +127,9 @@ class PipelineExecutor:
         self._split = {action[1:] for action in table.actions(self.rank) if action.kind is Kind.I}
         for number in {stage for stage, _ in self._split}:
             split_weight_gradients(stages[number])
-        for stage in stages.values():
-            for module in stage.modules():
-                if hasattr(module, "weight_gradients"):
-                    setattr(module, "weight_gradients", self.weight_gradients)  # noqa: B010  known to no type
+        layers = (layer for stage in stages.values() for layer in stage.modules())
+        self._layers: list[Any] = [layer for layer in layers if hasattr(layer, "weight_gradients")]
+        self._set_store()
 
     def run(self, microbatches: Sequence[Any], forward_only: bool = False) -> dict[str, Tensor]:
         """Run the table once; gradients are added to those that the parameters hold.
@@ -150,12 +149,17 @@ class PipelineExecutor:
             raise ValueError(f"the schedule is for {self._num_microbatches} microbatches, not {len(microbatches)}")
         for left_by_a_failed_run in (self._local, self._inputs, self._saved, self.weight_gradients.pending):
             left_by_a_failed_run.clear()
+        self._set_store()  # another executor over the same stages may have set its own
         metrics: dict[str, Tensor] = {}
         program = self._programs[forward_only]
         with torch.set_grad_enabled(not forward_only):
             self._run_steps(program, microbatches, metrics)
         self.weight_gradients.require_empty()
         return metrics
+
+    def _set_store(self) -> None:
+        for layer in self._layers:
+            layer.weight_gradients = self.weight_gradients
 
     def _run_steps(self, program: Program, microbatches: Sequence[Any], metrics: dict[str, Tensor]) -> None:
         at: object = "the start"

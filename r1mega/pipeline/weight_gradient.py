@@ -83,8 +83,10 @@ def split_weight_gradients(module: nn.Module) -> nn.Module:
 
     In place; parameters, names, hooks and results stay as they are, and without a store the layers are what they were.
     Layers of a subclass with a forward of its own, and embeddings with ``sparse``, ``max_norm`` or
-    ``scale_grad_by_freq``, are left alone, and so are parametrized weights. Gradients arrive in ``weight.grad`` without
-    passing autograd's hooks on the weight: reduce them in R, not by ``DistributedDataParallel``.
+    ``scale_grad_by_freq``, are left alone, and so are parametrized weights. A layer whose weight or bias has a hook
+    (``register_hook``, ``register_post_accumulate_grad_hook``) is left to autograd in each forward, so that the hook
+    sees what it always sees, in the I. Other gradients arrive in ``weight.grad`` without autograd's knowing, so that
+    hooks on its nodes are not called: reduce them in R, not by ``DistributedDataParallel``.
 
     Returns:
         ``module``.
@@ -109,11 +111,16 @@ def _is_a_plain_lookup(layer: Any) -> bool:
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
     weight, bias, store = layer.weight, layer.bias, layer.weight_gradients
-    # a parametrization computes the weight anew each time: it keeps no gradient, autograd must carry it on
-    if store is None or not store.will_split or not weight.is_leaf or not (bias is None or bias.is_leaf):
+    if store is None or not store.will_split or _needs_autograd(weight) or (bias is not None and _needs_autograd(bias)):
         return nn.functional.linear(x, weight, bias)
     output: Tensor = _Linear.apply(x, weight, bias, store)
     return output
+
+
+def _needs_autograd(parameter: Tensor) -> bool:
+    """Whether it keeps no gradient, since a parametrization computes it anew each time, or has a hook."""
+    hooks: Any = parameter._backward_hooks, parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    return not parameter.is_leaf or any(hooks)
 
 
 class _Linear(torch.autograd.Function):
@@ -157,7 +164,7 @@ def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
 
 def _embedding(layer: Any, ids: Tensor) -> Tensor:
     store = layer.weight_gradients
-    if store is None or not store.will_split or not layer.weight.is_leaf:
+    if store is None or not store.will_split or _needs_autograd(layer.weight):
         return nn.functional.embedding(ids, layer.weight, layer.padding_idx)
     output: Tensor = _Embedding.apply(ids, layer.weight, layer.padding_idx, store)
     return output

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from r1mega.pipeline.actions import Table
 from r1mega.pipeline.executor import PipelineExecutor, StageOutput
+from r1mega.pipeline.schedules import make_table
 from r1mega.pipeline.weight_gradient import WeightGradientStore, split_weight_gradients
 
 
@@ -103,6 +104,53 @@ def test_under_autocast_gradients_have_the_type_of_the_weight() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_parameter_is_called_as_autograd_would(kind: str, parameter: str) -> None:
+    """Once a microbatch, with its gradient; the gradients are then ordinary autograd's, computed in the I."""
+    torch.manual_seed(0)
+    layers = [split_weight_gradients(nn.Linear(3, 4)) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    store = WeightGradientStore()
+    set_store(layers[0], store)
+    seen: list[list[Tensor]] = [[], []]
+    for layer, calls in zip(layers, seen, strict=True):
+        hooked = getattr(layer, parameter)
+        if kind == "register_hook":
+            hooked.register_hook(lambda gradient, calls=calls: calls.append(gradient.clone()) or 2 * gradient)
+        else:
+            hooked.register_post_accumulate_grad_hook(lambda p, calls=calls: calls.append(p.grad.clone()))
+    for microbatch in range(2):
+        x = torch.randn(5, 3)
+        with store.deferred(0, microbatch):
+            layers[0](x).square().sum().backward()
+        layers[1](x).square().sum().backward()
+        for mine, other in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+        store.run(0, microbatch)
+    torch.testing.assert_close(*seen)
+    assert len(seen[0]) == 2
+
+
+def test_a_hook_that_was_removed_is_no_hook() -> None:
+    layer = split_weight_gradients(nn.Linear(3, 4))
+    set_store(layer, store := WeightGradientStore())
+    layer.weight.register_hook(lambda gradient: gradient).remove()
+    layer.weight.register_post_accumulate_grad_hook(lambda parameter: None).remove()
+    with store.deferred(0, 0):
+        layer(torch.randn(5, 3)).sum().backward()
+    assert layer.weight.grad is None and len(store.pending[0, 0]) == 1
+
+
+def test_an_embedding_with_a_hook_on_its_weight_is_left_to_autograd() -> None:
+    layer = split_weight_gradients(nn.Embedding(7, 4))
+    set_store(layer, store := WeightGradientStore())
+    layer.weight.register_hook(lambda gradient: 2 * gradient)
+    with store.deferred(0, 0):
+        layer(torch.tensor([1, 2, 2])).sum().backward()
+    assert layer.weight.grad[:, 0].tolist() == [0, 2, 4, 0, 0, 0, 0]
+
+
 def test_a_tied_weight_collects_both_gradients() -> None:
     torch.manual_seed(0)
     embedding, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
@@ -142,3 +190,33 @@ def test_a_stage_may_have_whole_and_split_backwards_with_checkpoints_inside(row:
         executor.run([microbatch.clone() for microbatch in microbatches])
         for mine, other in zip(stage.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, other.grad)
+
+
+class Head(nn.Module):
+    """One rank's whole model: two linear layers and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+    def forward(self, activations: tuple[Tensor, ...], microbatch: Tensor) -> StageOutput:
+        return StageOutput(losses=(self.layers(microbatch).square().sum(),))
+
+
+def test_each_of_two_executors_over_the_same_stages_puts_weight_gradients_off_until_its_w() -> None:
+    """As for the last, shorter batch of an epoch, or an evaluation between steps."""
+    stage = Head()
+    executors = {
+        count: PipelineExecutor(make_table("zb-h1", 1, count), {0: stage}, None) for count in (3, 2)
+    }  # fmt: skip
+    for count in (3, 2, 3):
+        store = executors[count].weight_gradients
+        late: list[int] = []
+
+        def run(number: int, microbatch: int, store: WeightGradientStore = store, late: list[int] = late) -> None:
+            late.append(len(store.pending[number, microbatch]))
+            WeightGradientStore.run(store, number, microbatch)
+
+        store.run = run  # type: ignore[method-assign]
+        executors[count].run([torch.randn(4, 3) for _ in range(count)])
+        assert late == [2] * count, "both layers of each microbatch"

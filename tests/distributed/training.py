@@ -57,7 +57,10 @@ def tiny_model(**changes) -> ModelConfig:
 
 @dataclass
 class Job:
-    """What to train. ``sabotage`` gets the object that completes the gradients and may break it."""
+    """What to train. ``sabotage`` gets the object that completes the gradients and may break it.
+
+    ``changing_shapes``: every sequence has a length of its own, another one in each step; for microbatches of one.
+    """
 
     model: ModelConfig = field(default_factory=tiny_model)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -69,6 +72,7 @@ class Job:
     )
     sabotage: Callable[[Gradients], None] | None = None
     keep_gradients: bool = True
+    changing_shapes: bool = False
 
 
 @dataclass
@@ -94,13 +98,18 @@ def microbatches(job: Job, state: ParallelState, step: int) -> list[Batch]:
     mask = torch.ones(GLOBAL_BATCH, LENGTH, dtype=torch.bool)
     mask[1, 5:] = False
     mask[6, :3] = False
-    count = int(mask.sum())
+    lengths = [LENGTH] * GLOBAL_BATCH
+    if job.changing_shapes:
+        assert job.microbatch_size == 1, "a microbatch of several sequences has one length"
+        lengths = [LENGTH - (5 * sequence + 3 * step) % 11 for sequence in range(GLOBAL_BATCH)]
+    count = sum(int(each[:length].sum()) for each, length in zip(mask, lengths, strict=True))
     per_rank = GLOBAL_BATCH // state.size("dp")
     first = state.rank_in("dp") * per_rank
     found = []
     for start in range(first, first + per_rank, job.microbatch_size):
-        rows = slice(start, start + job.microbatch_size)
-        found.append(Batch(tokens[rows, :-1], tokens[rows, 1:], mask[rows], count, GLOBAL_BATCH))
+        rows, length = slice(start, start + job.microbatch_size), lengths[start]
+        tokens_, labels = tokens[rows, :length], tokens[rows, 1 : length + 1]
+        found.append(Batch(tokens_, labels, mask[rows, :length], count, GLOBAL_BATCH))
     return found
 
 

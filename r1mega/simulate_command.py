@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from r1mega.config import ConfigError
 from r1mega.files import sync, write_whole
 from r1mega.pipeline.actions import Table
-from r1mega.pipeline.checker import check
 from r1mega.pipeline.costs import Costs
 from r1mega.pipeline.schedules import SCHEDULES, make_table, with_recomputation
 from r1mega.pipeline.simulator import Simulation, simulate
+from r1mega.pipeline.table_file import read_table
 from r1mega.pipeline.timeline.report import compare, describe, figures
 from r1mega.pipeline.timeline.terminal import Terminal
 from r1mega.settings import CommandParser, one_line
@@ -226,15 +225,10 @@ def _read_table(options: argparse.Namespace) -> dict[str, Table]:
     """The table of ``--table`` by the file's name, proved to be able to run. Raises :class:`ConfigError`."""
     where = f"table={options.table}"
     try:
-        table = Table.from_csv(Path(options.table).read_text(encoding="utf-8-sig").rstrip())
-        if table.num_microbatches > sum(map(len, table.rows)):  # the checker would look for each one
-            raise ValueError(f"there is a microbatch {table.num_microbatches - 1}, but there are not so many actions")
-        check(table)
+        table = read_table(options.table)
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror or error}; must be a CSV file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: is not UTF-8 text; must be a CSV file") from error
-    except (ValueError, csv.Error) as error:
+    except ValueError as error:
         raise ConfigError(f"{where}: {one_line(str(error))}") from error
     for name, number in (("ranks", table.num_ranks), ("microbatches", table.num_microbatches)):
         if getattr(options, name) not in (None, number):

@@ -187,5 +187,6 @@ def _owners(table: Table) -> list[int]:
                 raise ScheduleError(rank, action, f"stage {action.stage} runs on rank {owner[action.stage]} already")
     for stage in range(len(owner)):
         if stage not in owner:
-            raise ScheduleError(0, None, f"no rank runs stage {stage}, but there is a stage {max(owner)}")
+            reason = f"no rank runs stage {stage}, but there is a stage {max(owner)}; is a line missing?"
+            raise ScheduleError(0, None, reason)
     return [owner[stage] for stage in range(len(owner))]

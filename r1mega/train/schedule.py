@@ -8,10 +8,10 @@ from r1mega.config import Config, ConfigError, ParallelConfig
 from r1mega.model.blocks import cut, list_blocks
 from r1mega.parallel_state import Layout
 from r1mega.pipeline.actions import Kind, Table
-from r1mega.pipeline.checker import check
 from r1mega.pipeline.costs import Costs
 from r1mega.pipeline.partition import Block
 from r1mega.pipeline.schedules import make_table, with_recomputation
+from r1mega.pipeline.table_file import read_table
 
 SEARCH_EFFORT = 0.2
 
@@ -58,13 +58,13 @@ def _search(parallel: ParallelConfig, num_microbatches: int, blocks: list[Block]
 
 
 def _read(path: Path, num_ranks: int, num_microbatches: int) -> Table:
-    table = Table.from_csv(path.read_text(encoding="utf-8"))
-    check(table)
+    table = read_table(path)
     early = next((a for rank in range(table.num_ranks) for a in table.actions(rank) if a.kind is Kind.O), None)
     if early is not None:
         raise ValueError(f"{early} steps the optimizer, which training does once the norm of all gradients is known")
     if table.num_ranks != num_ranks:
-        raise ValueError(f"the table is for {table.num_ranks} ranks, parallel.pp makes {num_ranks}")
+        hint = "; is a line missing?" if table.num_ranks < num_ranks else ""
+        raise ValueError(f"the table is for {table.num_ranks} ranks, parallel.pp makes {num_ranks}{hint}")
     if table.num_microbatches != num_microbatches:
         raise ValueError(
             f"the table is for {table.num_microbatches} microbatches, train.global_batch_size and microbatch_size make "

@@ -306,8 +306,9 @@ def test_a_mistake_is_one_line_that_says_what_fits(
         ("0F0,0R\n", "rank 0, action 0B0: is missing"),
         ("0B0,0F0,0R\n", "rank 0, action 0B0: comes before 0F0"),
         ("0F0,0B0,0F1,0B1,0R\n1F1,1F0,1B0,1B1,1R\n", "deadlock: rank 0 waits in 0B0 for the gradients from stage 1"),
+        ("0F0,0B0,0R\n2F0,2B0,2R\n", "no rank runs stage 1, but there is a stage 2; is a line missing?"),
         ("0F0,0B0,0R\n0F1,0B1\n", "rank 1, action 0F1: stage 0 runs on rank 0 already"),
-        ("0F999999999,0B999999999,0R\n", "there is a microbatch 999999999, but there are not so many actions"),
+        ("0F999999999,0B999999999,0R\n", "there is a microbatch 999999999, but there are 3 actions only"),
     ],
 )
 def test_a_table_that_cannot_run_is_refused_with_rank_action_and_reason(

@@ -12,6 +12,7 @@ compared with those of the whole model in one process. Set OMP_NUM_THREADS=1, as
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,10 +22,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed where r1mega is installed
 
+from r1mega.cli import report
+from r1mega.config import ConfigError
 from r1mega.pipeline.actions import Table
 from r1mega.pipeline.executor import PipelineExecutor
 from r1mega.pipeline.plain import PlainStage
 from r1mega.pipeline.schedules import SCHEDULES, make_table
+from r1mega.pipeline.table_file import read_table
 
 WIDTH, HEADS, LENGTH, ROWS = 64, 4, 64, 4
 Microbatch = tuple[Tensor, Tensor]
@@ -76,6 +80,24 @@ def largest_difference(table: Table, stages: dict[int, nn.Module], loss, data: l
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
+def find_table(arguments: argparse.Namespace) -> Table:
+    """The table to run, checked before anything is started. Raises ConfigError."""
+    if "WORLD_SIZE" not in os.environ:
+        raise ConfigError("torchrun must start this: torchrun --nproc-per-node 4 examples/plain_pipeline.py")
+    world_size = int(os.environ["WORLD_SIZE"])
+    where = f"table={arguments.table}" if arguments.table else f"schedule={arguments.schedule}"
+    try:
+        if arguments.table:
+            table = read_table(arguments.table)
+        else:
+            table = make_table(arguments.schedule, world_size, arguments.microbatches)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if table.num_ranks != world_size:
+        raise ConfigError(f"{where}: is for {table.num_ranks} ranks, torchrun started {world_size}")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedule", default="zbv", choices=list(SCHEDULES), help="default %(default)s")
@@ -83,12 +105,13 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=8, help="of a step, default %(default)s")
     parser.add_argument("--num_steps", type=int, default=20, help="default %(default)s")
     arguments = parser.parse_args()
+    try:
+        table = find_table(arguments)
+    except ConfigError as error:
+        report(error)
+        sys.exit(2)
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if arguments.table:
-        table = Table.from_csv(Path(arguments.table).read_text(encoding="utf-8"))
-    else:
-        table = make_table(arguments.schedule, world_size, arguments.microbatches)
     count, per_copy = table.num_microbatches, table.stages_per_copy
 
     def loss(output: Tensor, microbatch: Microbatch) -> Tensor:
@@ -107,6 +130,8 @@ def main() -> None:
         metrics = executor.run(data)
         for number in sorted(stages, key=lambda n: n % per_copy):
             for parameter in stages[number].parameters() if len(copies[number]) > 1 else ():
+                if parameter.grad is None:  # a copy that no microbatch ran through
+                    parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad, group=groups[number % per_copy])
         if step == 0:
             difference = torch.tensor(largest_difference(table, stages, loss, data))

@@ -16,10 +16,10 @@ from r1mega.config import ConfigError
 from r1mega.files import sync, write_whole
 from r1mega.pipeline.actions import Table
 from r1mega.pipeline.costs import Costs
-from r1mega.pipeline.schedules import SCHEDULES, make_table, with_recomputation
+from r1mega.pipeline.schedules import SCHEDULES, make_table, require_known, with_recomputation
 from r1mega.pipeline.simulator import Simulation, simulate
 from r1mega.pipeline.table_file import read_table
-from r1mega.pipeline.timeline.report import compare, describe, figures
+from r1mega.pipeline.timeline.report import compare, describe, figures, searched, verdict
 from r1mega.pipeline.timeline.terminal import Terminal
 from r1mega.settings import CommandParser, one_line
 
@@ -78,21 +78,28 @@ class _Results:
     simulations: dict[str, Simulation]
     refused: dict[str, str]
     auto: AutoResult | None
+    memory_limit: float
+    overlap: float
 
     def as_dict(self, compared: bool) -> dict[str, Any]:
         schedules = [figures(*item) for item in self.simulations.items()]
-        found = {}
+        found: dict[str, Any] = {}
         if self.auto is not None:
-            names = ("objective", "value", "lower_bound", "gap", "proved_optimal", "found_by")
-            found = {"auto": {name: getattr(self.auto, name) for name in names}}
+            names = ("objective", "value", "lower_bound", "gap", "proved_optimal", "found_by", "peak_memory")
+            found = {"auto": {name: getattr(self.auto, name) for name in names} | {"memory_limit": self.memory_limit}}
+            for each in schedules if compared else ():
+                each["not_compared_with_auto"] = verdict(self.simulations[each["schedule"]], self.memory_limit)
         return {"schedules": schedules, "refused": self.refused, **found} if compared else schedules[0] | found
 
     def as_text(self, compared: bool, terminal: Terminal) -> str:
         if compared:
-            text = compare(self.simulations, self.refused, terminal)
+            limit = None if self.auto is None else self.memory_limit
+            text = compare(self.simulations, self.refused, terminal, limit)
         else:
             text = describe(*next(iter(self.simulations.items())), terminal)
-        return text if self.auto is None else f"{text}\n\n{self.auto}"
+        if self.auto is None:
+            return text
+        return f"{text}\n\n{searched(self.memory_limit, self.auto.peak_memory, self.overlap)}\n{self.auto}"
 
 
 def _run(options: argparse.Namespace, given: dict[str, list[float]]) -> _Results:
@@ -118,7 +125,12 @@ def _run(options: argparse.Namespace, given: dict[str, list[float]]) -> _Results
             _show_progress("")
     if not simulations:
         raise ConfigError(f"compare: no schedule can run this; {next(iter(refused.values()))}")
-    return _Results(dict(sorted(simulations.items(), key=lambda item: item[1].makespan)), refused, auto)
+    ordered = dict(sorted(simulations.items(), key=lambda item: item[1].makespan))
+    return _Results(ordered, refused, auto, _limit(options), options.overlap)
+
+
+def _limit(options: argparse.Namespace) -> float:
+    return options.ranks if options.memory_limit is None else options.memory_limit
 
 
 def _show_progress(text: str) -> None:
@@ -135,7 +147,7 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 def _parser() -> CommandParser:
     summaries = {name: schedule.summary for name, schedule in SCHEDULES.items()}
-    summaries[AUTO] = "the best table that a search finds for these costs within --memory_limit (takes a while)"
+    summaries[AUTO] = "the best table with one copy of the weights that a search finds within --memory_limit"
     names = "\n".join(f"  {name:12} {summary}" for name, summary in summaries.items())
     parser = CommandParser(
         prog="r1mega simulate",
@@ -151,13 +163,14 @@ def _parser() -> CommandParser:
     add("--chunks", type=int, metavar="N", help="Stages a rank holds, for interleaved, looped-bfs and auto.")
     add("--memory_limit", type=float, metavar="N",
         help="For auto (with --compare it is shown, too): most activations of a rank, in microbatches of its share of "
-        "the model; the number of ranks by default, as 1f1b needs. An input gradient gives back half.")  # fmt: skip
+        "the model; the number of ranks by default, as 1f1b needs. A forward adds 1, an input gradient and a weight "
+        "gradient give back half each; the peak activations that are printed count until the W.")  # fmt: skip
     add("--forward", type=str, default="1", metavar="TIME", help="Forward; a number or a comma list.")
     add("--backward_input", type=str, default="1", metavar="TIME", help="Backward, input gradients; likewise.")
     add("--backward_weight", type=str, default="1", metavar="TIME", help="Backward, weight gradients; likewise.")
     add("--communication", type=float, default=0.0, metavar="TIME", help="From a rank to another, beside its work.")
     add("--overlap", type=float, default=1.0, metavar="X",
-        help="What an overlapped forward and backward (dualpipe) takes of the sum of both.")  # fmt: skip
+        help="What an overlapped forward and backward (as in dualpipe) takes of the sum of both; auto makes none.")  # fmt: skip
     add("--recompute", action="store_true", help="Compute each forward again before its backward; costs a forward.")
     add("--json", action="store_true", help="Print one JSON object instead.")
     add("--png", type=str, metavar="FILE", help="Draw the timeline, with the peak of activations beside it.")
@@ -170,6 +183,11 @@ def _check_options(options: argparse.Namespace) -> None:
     names = ", ".join([*SCHEDULES, AUTO])
     if options.schedule is None and options.table is None and not options.compare:
         raise ConfigError(f"schedule: must be one of {names}; or give --table FILE or --compare")
+    if options.schedule is not None:
+        try:
+            require_known(options.schedule, [*SCHEDULES, AUTO])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     if options.schedule is not None and (options.table is not None or options.compare):
         other = "compare shows every schedule" if options.compare else "table is one already"
         raise ConfigError(f"schedule={options.schedule}: {other}; leave one of the two out")
@@ -252,8 +270,7 @@ def _search(options: argparse.Namespace, given: dict[str, list[float]]) -> AutoR
     of_costs = count // options.ranks if count % options.ranks == 0 else 1
     chunks = [options.chunks] if options.chunks else list(dict.fromkeys((of_costs, 1, 2)))
     costs = costs_of(given, options.ranks, options.ranks * chunks[0], options.communication, options.overlap)
-    limit = options.ranks if options.memory_limit is None else options.memory_limit
-    return best_table(options.ranks, options.microbatches, costs, limit, chunks)
+    return best_table(options.ranks, options.microbatches, costs, _limit(options), chunks)
 
 
 def _simulate(table: Table, given: dict[str, list[float]], options: argparse.Namespace) -> Simulation:

@@ -41,7 +41,7 @@ def build_table(parallel: ParallelConfig, num_microbatches: int, blocks: list[Bl
 
 
 def _search(parallel: ParallelConfig, num_microbatches: int, blocks: list[Block]) -> Table:
-    """The best table in the memory of 1F1B for stages that take as long as their multiply-adds.
+    """The best table within ``memory_limit``, or the memory of 1F1B, for stages as long as their multiply-adds.
 
     Forward, input gradient and weight gradient of a product are as many multiply-adds each. The search is the same on
     every rank, and takes a second.
@@ -51,10 +51,9 @@ def _search(parallel: ParallelConfig, num_microbatches: int, blocks: list[Block]
     chunks = parallel.chunks or 1
     stages = cut(blocks, parallel, parallel.pp * chunks)
     times = [sum(block.cost for block in stage) / sum(block.cost for block in blocks) for stage in stages]
-    found = best_table(
-        parallel.pp, num_microbatches, Costs(times, times, times), parallel.pp, chunks=chunks, effort=SEARCH_EFFORT
-    )
-    return found.table
+    limit = parallel.pp if parallel.memory_limit is None else parallel.memory_limit
+    costs = Costs(times, times, times)
+    return best_table(parallel.pp, num_microbatches, costs, limit, chunks=chunks, effort=SEARCH_EFFORT).table
 
 
 def _read(path: Path, num_ranks: int, num_microbatches: int) -> Table:

@@ -196,7 +196,30 @@ def test_auto_keeps_to_the_memory_limit_and_says_how_good_it_is(capsys: pytest.C
     assert found["makespan"] <= figures(capsys, "--schedule", "zbv", *SMALL)["makespan"]
     assert max(found["peak_activations"]) <= 2
     assert found["auto"]["lower_bound"] <= found["makespan"]
+    assert max(found["auto"]["peak_memory"]) <= found["auto"]["memory_limit"] == 2
     assert output(capsys, *arguments).splitlines()[-1].startswith("auto: makespan ")
+
+
+def test_auto_says_what_it_is_compared_with_and_what_its_limit_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "--schedule", "auto", *SMALL)
+    assert "DualPipe, with two, is not among them" in text
+    assert "limit: 2, and 2 are needed, counted as in the Zero Bubble paper: a forward adds 1" in text
+    assert "peak activations count until the weight gradient" in text and "overlap" not in text
+    assert "overlap: no search makes any" in output(capsys, "--schedule", "auto", *SMALL, "--overlap", "0.8")
+    assert "DualPipe" not in output(capsys, "--schedule", "zbv", *SMALL)
+
+
+def test_a_comparison_with_a_memory_limit_shows_what_is_over_it_and_what_has_two_copies(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--compare", "--ranks", "4", "--microbatches", "8", "--memory_limit", "4"]
+    found = {each["schedule"]: each["not_compared_with_auto"] for each in figures(capsys, *arguments)["schedules"]}
+    assert found["gpipe"] == found["zb-h2"] == "over"
+    assert found["1f1b"] == found["zb-h1"] == found["zbv"] == found["auto"] == ""
+    assert found["dualpipe"] == "over, 2 copies"
+    lines = {line.split()[0]: line for line in output(capsys, *arguments).splitlines() if line}
+    assert "limit" in lines["schedule"] and " over, 2 copies " in lines["dualpipe"] and " over " in lines["gpipe"]
+    assert "over" not in lines["zbv"]
 
 
 def test_auto_joins_a_comparison_that_has_a_memory_limit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,6 +285,7 @@ def test_a_table_is_not_overwritten_by_a_picture_of_it(capsys: pytest.CaptureFix
 MISTAKES = {
     "": "schedule: must be one of gpipe, 1f1b, ",
     "--schedule zbh1 --ranks 2 --microbatches 4": "did you mean zb-h1?",
+    "--schedule aut --ranks 2 --microbatches 4": "there is no schedule 'aut'; did you mean auto? There are gpipe, ",
     "--schedule 1f1b --microbatches 4": "ranks: must be a number, as in --ranks 8",
     "--compare --ranks 2": "microbatches: must be a number, as in --microbatches 8",
     "--schedule 1f1b --ranks 0 --microbatches 4": "ranks=0: must be 1 or more",

@@ -10,8 +10,10 @@ import pytest
 
 from r1mega.config import SCHEDULE_NAMES, ConfigError, ParallelConfig
 from r1mega.pipeline.actions import Action, Kind, Overlap, Table
+from r1mega.pipeline.auto import peak_memory
 from r1mega.pipeline.checker import check
 from r1mega.pipeline.costs import Costs
+from r1mega.pipeline.partition import Block
 from r1mega.pipeline.schedules import (
     SCHEDULES,
     dualpipe,
@@ -26,6 +28,7 @@ from r1mega.pipeline.schedules import (
 )
 from r1mega.pipeline.simulator import simulate
 from r1mega.pipeline.transfers import programs
+from r1mega.train.schedule import build_table
 from tests.unit import fake_transport
 from tests.unit.fake_transport import execute
 
@@ -195,3 +198,20 @@ def test_the_settings_accept_every_schedule_by_name() -> None:
         ParallelConfig(schedule="interleaved", chunks=0)
     with pytest.raises(ConfigError, match=r"^parallel.chunks=3: zbv has its own number of stages a rank"):
         ParallelConfig(schedule="zbv", chunks=3)
+    assert ParallelConfig(schedule="auto", memory_limit=2.5).memory_limit == 2.5
+    with pytest.raises(ConfigError, match=r"^parallel.memory_limit=0.5: must be 1 or more$"):
+        ParallelConfig(schedule="auto", memory_limit=0.5)
+    with pytest.raises(ConfigError, match=r"^parallel.memory_limit=4: is for the schedule auto, not zbv$"):
+        ParallelConfig(schedule="zbv", memory_limit=4)
+
+
+def test_training_searches_within_its_memory_limit() -> None:
+    blocks = [Block("t", number, 1.0) for number in range(4)]
+    for limit in (2, 4, 7):
+        parallel = ParallelConfig(pp=4, schedule="auto", memory_limit=limit)
+        assert max(peak_memory(build_table(parallel, 8, blocks))) <= limit
+    roomy, tight = (
+        simulate(build_table(ParallelConfig(pp=4, schedule="auto", memory_limit=limit), 8, blocks), Costs(1, 1, 1))
+        for limit in (7, 2)
+    )
+    assert roomy.makespan < tight.makespan

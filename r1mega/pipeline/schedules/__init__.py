@@ -7,7 +7,7 @@ same order whatever the schedule, and reduces the gradients of a stage (R) right
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from r1mega.pipeline.actions import Table
@@ -21,7 +21,7 @@ from r1mega.pipeline.schedules.zero_bubble import zb_h1, zb_h2
 
 __all__ = [
     "SCHEDULES", "Schedule", "dualpipe", "dualpipev", "gpipe", "interleaved", "looped_bfs", "make_table",
-    "one_f_one_b", "v_half", "v_min", "with_recomputation", "with_reductions", "zb_h1", "zb_h2", "zbv",
+    "one_f_one_b", "require_known", "v_half", "v_min", "with_recomputation", "with_reductions", "zb_h1", "zb_h2", "zbv",
 ]  # fmt: skip
 
 DEFAULT_CHUNKS = 2
@@ -57,6 +57,14 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
+def require_known(name: str, names: Collection[str]) -> None:
+    """Raise ValueError with the nearest of ``names``, and all of them, unless ``name`` is one."""
+    if name not in names:
+        nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.3)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise ValueError(f"there is no schedule {name!r}; {hint}There are {', '.join(names)}")
+
+
 def make_table(name: str, num_ranks: int, num_microbatches: int, chunks: int | None = None) -> Table:
     """The table of the schedule called ``name``.
 
@@ -69,10 +77,7 @@ def make_table(name: str, num_ranks: int, num_microbatches: int, chunks: int | N
     Raises:
         ValueError: there is no such schedule, or it cannot run with these numbers; says what would fit.
     """
-    if name not in SCHEDULES:
-        nearest = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.3)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise ValueError(f"there is no schedule {name!r}; {hint}There are {', '.join(SCHEDULES)}")
+    require_known(name, SCHEDULES)
     schedule = SCHEDULES[name]
     if schedule.chunks is None:
         return schedule.make(num_ranks, num_microbatches, DEFAULT_CHUNKS if chunks is None else chunks)

@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency_ms", type=float, default=20.0, help="a message takes this long, default %(default)s")
     parser.add_argument("--num_layers", type=int, default=2, help="layers, two messages each way, default %(default)s")
@@ -110,6 +110,14 @@ def main() -> int:
     parser.add_argument("--num_steps", type=int, default=3, help="timed steps, default %(default)s")
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON, too")
     arguments = parser.parse_args()
+    for name in ("microbatches", "num_steps", "num_layers"):
+        if getattr(arguments, name) < (2 if name == "microbatches" else 1):
+            parser.error(f"--{name}={getattr(arguments, name)}: must be {2 if name == 'microbatches' else 1} or more")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
     if "RANK" in os.environ:
         measure(arguments)
         return 0

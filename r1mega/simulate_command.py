@@ -170,7 +170,7 @@ def _parser() -> CommandParser:
     add("--backward_weight", type=str, default="1", metavar="TIME", help="Backward, weight gradients; likewise.")
     add("--communication", type=float, default=0.0, metavar="TIME", help="From a rank to another, beside its work.")
     add("--overlap", type=float, default=1.0, metavar="X",
-        help="What an overlapped forward and backward (as in dualpipe) takes of the sum of both; auto makes none.")  # fmt: skip
+        help="What an overlapped forward and backward (dualpipe) takes of their sum; auto makes none.")  # fmt: skip
     add("--recompute", action="store_true", help="Compute each forward again before its backward; costs a forward.")
     add("--json", action="store_true", help="Print one JSON object instead.")
     add("--png", type=str, metavar="FILE", help="Draw the timeline, with the peak of activations beside it.")

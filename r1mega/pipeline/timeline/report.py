@@ -70,6 +70,7 @@ def compare(
     """
     width = max(map(len, [*simulations, *refused, "schedule"])) + 1
     verdicts = {} if memory_limit is None else {name: verdict(s, memory_limit) for name, s in simulations.items()}
+    verdicts = {name: found or "within" for name, found in verdicts.items()}
     room = max(map(len, [*verdicts.values(), "limit"])) + 2 if verdicts else 0
     title = f"{'schedule':{width}}{'bubble':>8}{'of step':>9}{'makespan':>12}{'peak':>8}{'weights':>9}"
     title += f"{'limit' if verdicts else '':>{room}}  "

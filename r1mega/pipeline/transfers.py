@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from r1mega.pipeline.actions import Action, Kind, Overlap, Table
 
+Link = tuple[Kind, int, int, int]  # a message of any microbatch: its kind, stage, source and destination
+
 
 class Message(NamedTuple):
     """Tensors that one action hands to another: activations (kind F) or their gradients (kind B).
@@ -58,8 +60,9 @@ class Program:
 
 def programs(table: Table, forward_only: bool = False) -> list[Program]:
     """The program of each rank. The table must be complete (see :mod:`r1mega.pipeline.checker`)."""
+    links = _links(table)
     steps = [
-        [tuple([Step(action, _takes(action, table), _gives(action, table)) for action in cell]) for cell in row]
+        [tuple([_step(action, links) for action in cell]) for cell in row]
         for row in (_cells(row, forward_only) for row in table.rows)
     ]
     incoming: list[dict[int, list[Message]]] = [{} for _ in steps]
@@ -82,26 +85,33 @@ def _cells(row: list[Action | Overlap], forward_only: bool) -> Iterator[tuple[Ac
             yield actions
 
 
-def _takes(action: Action, table: Table) -> Message | None:
-    if action.kind is Kind.F:
-        return _message(Kind.F, table.previous_stage(action.stage), action.stage, action.microbatch, table)
-    if action.kind in (Kind.B, Kind.I):
-        return _message(Kind.B, table.next_stage(action.stage), action.stage, action.microbatch, table)
-    return None
+def _links(table: Table) -> dict[tuple[Kind, int], tuple[Link | None, Link | None]]:
+    """For F, B and I of each stage: what they take and what they give."""
+    links: dict[tuple[Kind, int], tuple[Link | None, Link | None]] = {}
+    rank = table.stage_to_rank
+    for stage in range(table.num_stages):
+        before, after = table.previous_stage(stage), table.next_stage(stage)
+        links[Kind.F, stage] = (
+            None if before is None else (Kind.F, before, rank[before], rank[stage]),
+            None if after is None else (Kind.F, stage, rank[stage], rank[after]),
+        )
+        links[Kind.B, stage] = links[Kind.I, stage] = (
+            None if after is None else (Kind.B, after, rank[after], rank[stage]),
+            None if before is None else (Kind.B, stage, rank[stage], rank[before]),
+        )
+    return links
 
 
-def _gives(action: Action, table: Table) -> Message | None:
-    if action.kind is Kind.F:
-        return _message(Kind.F, action.stage, table.next_stage(action.stage), action.microbatch, table)
-    if action.kind in (Kind.B, Kind.I):
-        return _message(Kind.B, action.stage, table.previous_stage(action.stage), action.microbatch, table)
-    return None
+def _step(action: Action, links: dict[tuple[Kind, int], tuple[Link | None, Link | None]]) -> Step:
+    takes, gives = links.get(action[:2], (None, None))
+    return Step(action, _message(takes, action.microbatch), _message(gives, action.microbatch))
 
 
-def _message(kind: Kind, stage: int | None, to_stage: int | None, microbatch: int, table: Table) -> Message | None:
-    if stage is None or to_stage is None:
+def _message(link: Link | None, microbatch: int) -> Message | None:
+    if link is None:
         return None
-    return Message(kind, stage, microbatch, table.stage_to_rank[stage], table.stage_to_rank[to_stage])
+    kind, stage, source, destination = link
+    return Message(kind, stage, microbatch, source, destination)
 
 
 def _acknowledgements(

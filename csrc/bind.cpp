@@ -15,7 +15,7 @@
 namespace r1mega {
 namespace {
 
-constexpr int kInterface = 5;                  // r1mega/kernels/native.py wants the same; raise both together
+constexpr int kInterface = 6;                  // r1mega/kernels/native.py wants the same; raise both together
 constexpr int64_t kElementsOfThread = 1 << 16;  // less work is not worth a thread
 
 const Kernels* best_kernels() {
@@ -101,24 +101,24 @@ void route_backward(Pointer grad_weights, Pointer grad_scores, Pointer scores, P
 
 // Copies rows into expert order: choice i of expert e goes to row first_of_expert[e] + rank[i]; the map is written too.
 void permute(Pointer input, Pointer experts, Pointer ranks, Pointer first_of_expert, Pointer row_of_choice,
-             Pointer out, int64_t num_tokens, int64_t num_experts, int top_k, int64_t row_bytes, bool streaming,
-             int threads) {
+             Pointer out, int64_t num_tokens, int64_t num_experts, int top_k, int64_t input_step, int64_t row_bytes,
+             bool streaming, int threads) {
   share(num_tokens, top_k * row_bytes / 4, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * top_k; i < end * top_k; ++i) {
       const int64_t expert = at<int64_t>(experts)[i];
       at<int64_t>(row_of_choice)[i] =
           expert == num_experts ? -1 : at<int64_t>(first_of_expert)[expert] + at<int64_t>(ranks)[i];
     }
-    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, row_bytes, streaming, begin,
-                       end);
+    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, input_step, row_bytes,
+                       streaming, begin, end);
   });
 }
 
-void copy_rows(Pointer input, Pointer row_of_choice, Pointer out, int64_t num_tokens, int top_k, int64_t row_bytes,
-               bool streaming, int threads) {
+void copy_rows(Pointer input, Pointer row_of_choice, Pointer out, int64_t num_tokens, int top_k, int64_t input_step,
+               int64_t row_bytes, bool streaming, int threads) {
   share(num_tokens, top_k * row_bytes / 4, threads, [&](int64_t begin, int64_t end) {
-    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, row_bytes, streaming, begin,
-                       end);
+    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, input_step, row_bytes,
+                       streaming, begin, end);
   });
 }
 

@@ -123,7 +123,13 @@ class Plan:
         return copy_rows(message_TW, self.token_map)
 
     def arrive(self, message_NW: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and weights of the local experts: ``[R, H]``, a view with gaps between its rows, and ``[R]``."""
+        """Rows and weights of the local experts, ``[R, H]`` and ``[R]``, both dense.
+
+        A token came once, although several experts of this rank may want it. No order of sending puts one row into
+        several places, so one copy on this side has to, and that copy *is* the placement by expert: it reads the rows
+        out of the message, where weights and experts stand between them, and writes them where they belong, without
+        gaps. Nothing moves them again before the experts. (What a narrower wire brought is decoded before, N rows.)
+        """
         source, weights_NK, experts_NK = self.format.unpack(message_NW)
         local_NK = self.ranks.local_ids(experts_NK)
         capacity = None if self.capacity is None else self.capacity * self.ranks.num_sources
@@ -134,12 +140,12 @@ class Plan:
         )
         if self.keep_source:
             self.source = source
-        return rows[:, : self.format.width], weights_R
+        return rows, weights_R
 
     def rows_again(self) -> Tensor:
         """The rows that :meth:`arrive` gave."""
         assert self.source is not None and self.expert_map is not None
-        return copy_rows(self.source, self.expert_map)[:, : self.format.width]
+        return copy_rows(self.source, self.expert_map)
 
     def sum_of_token(self, rows_SH: Tensor) -> Tensor:
         """``[S, H] -> [T, H]``"""

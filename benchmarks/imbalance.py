@@ -165,7 +165,7 @@ def main() -> int:
             print(json.dumps(lines), flush=True)
         return 0
     from benchmarks.launch import RunFailed, run_program
-    from benchmarks.moe_layer import about
+    from benchmarks.timing import about
     from r1mega.files import write_whole
 
     try:

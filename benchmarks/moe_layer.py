@@ -134,7 +134,7 @@ def product_stages(p: Problem) -> dict[tuple[str, str], Stage]:
         draw(s.rows, width).requires_grad_() for width in (s.hidden, 2 * s.width, s.width)
     )  # fmt: skip
     weights_R = torch.rand(s.rows, device=p.device).requires_grad_()
-    # Weights of their own: PyTorch's gradients are new tensors, r1mega's are added to those of the parameters.
+    # Leaves of their own: gradients of PyTorch are new tensors, those of r1mega are added to the parameters'.
     gate, ups, downs = leaf(p.gate), leaf(p.gate_up.flatten(1, 2)), leaf(p.down)
 
     def by_linear(rows_RX: Tensor, weights_EYX: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,13 +131,15 @@ def measure_schedules(arguments: argparse.Namespace, state: ParallelState, netwo
     mask = torch.ones(1, arguments.length, dtype=torch.bool)
     batches = [Batch(t[:, :-1], t[:, 1:], mask, tokens.numel(), arguments.microbatches) for t in tokens]
 
-    def step(overlapped: bool) -> None:
-        table = Table.from_csv(rows(arguments.microbatches, overlapped))
-        PipelineExecutor(table, {0: stage}, None).run(batches)
+    def step(executor: PipelineExecutor) -> None:
+        executor.run(batches)
         for parameter in stage.parameters():
             parameter.grad = None
 
-    works = {"one by one": lambda: step(False), "overlapped": lambda: step(True)}
+    works = {}
+    for name, overlapped in (("one by one", False), ("overlapped", True)):
+        table = Table.from_csv(rows(arguments.microbatches, overlapped))
+        works[name] = partial(step, PipelineExecutor(table, {0: stage}, None))
     found: dict = in_turns(network, works, arguments.num_steps)
     messages = 4 * arguments.num_layers  # of a microbatch: to the experts and back, forward and backward
     found["floor_seconds"] = messages * network.seconds
@@ -168,7 +171,7 @@ def measure_chunks(arguments: argparse.Namespace, state: ParallelState, network:
         network.seconds = message / chunks
         layers[chunks](x, tokens, 1)[0].backward(grad)
 
-    works = {str(chunks): lambda chunks=chunks: step(chunks) for chunks in arguments.chunks}
+    works = {str(chunks): partial(step, chunks) for chunks in arguments.chunks}
     found = in_turns(network, works, arguments.layer_steps)
     whole = found[str(arguments.chunks[0])]["waiting_seconds"]
     for name, line in found.items():

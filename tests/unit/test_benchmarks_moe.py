@@ -107,12 +107,14 @@ def test_layers_that_disagree_fail_the_benchmark(monkeypatch, capsys):
 
 
 def test_imbalance_is_drawn_and_tabulated(tmp_path):
-    cell = {"ranks_max_over_mean": 1.5, "cpu_seconds_of_ranks": [0.002, 0.001]}
+    cell = {"ranks_max_over_mean": 1.5, "cpu_seconds_of_ranks": [0.002, 0.001], "step_seconds": 0.0035}
     placements = dict.fromkeys(imbalance.PLACEMENTS, cell)
     lines = [{"skew": s, "experts_max_over_mean": 2.0, "placements": placements} for s in (0.0, 1.0)]
     imbalance.plot(lines, tmp_path / "imbalance.png")
     assert (tmp_path / "imbalance.png").read_bytes().startswith(b"\x89PNG")
-    assert imbalance.table(lines).count("2.00       1.50") == 6
+    table = imbalance.table(lines)
+    assert [table.count(name) for name in ("step ms", "CPU ms", "rows")] == [3, 3, 3]
+    assert table.count("3.50      2.00    1.50") == 6
 
 
 def test_what_cannot_be_shared_evenly_is_refused(monkeypatch, capsys):

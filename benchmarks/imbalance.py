@@ -28,16 +28,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from r1mega.parallel_state import ParallelState
 
 SIZES = {"tokens": 1024, "hidden": 256, "experts": 32, "top_k": 4, "width": 256}
 PLACEMENTS = ("in order", "placed", "placed with copies")
 LIMIT_SECONDS = 600
 
 
-def measure(arguments: argparse.Namespace) -> list[dict]:
+def measure(arguments: argparse.Namespace, state: ParallelState) -> list[dict]:
     """One rank: all skews and placements; the same list on every rank."""
     import torch
     import torch.distributed as dist
@@ -45,11 +49,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
     from r1mega.config import MoEConfig
     from r1mega.moe.experts import Experts
     from r1mega.moe.placement import in_order, max_over_mean, place_experts
-    from r1mega.parallel_state import Layout, ParallelState
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    state = ParallelState(Layout(arguments.ranks, ep=arguments.ranks))
     slots = (arguments.experts + arguments.redundant) // arguments.ranks
     experts = {}
     for num_slots in {arguments.experts, slots * arguments.ranks}:
@@ -74,8 +74,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
         lines.append(line)
     for cell, times in zip(cells, _times(steps, arguments), strict=True):
         cell |= times
-    dist.destroy_process_group()
-    return lines if state.rank == 0 else []
+    return lines
 
 
 def _choices(arguments: argparse.Namespace, skew: float, seed: int):  # noqa: ANN202 - torch is not imported yet
@@ -87,7 +86,7 @@ def _choices(arguments: argparse.Namespace, skew: float, seed: int):  # noqa: AN
     return torch.multinomial(likely.expand(arguments.tokens, -1), arguments.top_k, generator=generator)
 
 
-def _step(arguments: argparse.Namespace, state, experts, num_slots: int, slots_TK) -> Callable[[], None]:  # noqa: ANN001
+def _step(arguments: argparse.Namespace, state: ParallelState, experts, num_slots: int, slots_TK) -> Callable[[], None]:  # noqa: ANN001
     """A forward and backward of this rank's tokens."""
     import torch
 
@@ -187,9 +186,17 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     if "RANK" in os.environ:
-        lines = measure(arguments)
-        if lines:
+        import torch
+        import torch.distributed as dist
+
+        from r1mega.parallel_state import Layout, ParallelState
+
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        lines = measure(arguments, ParallelState(Layout(arguments.ranks, ep=arguments.ranks)))
+        if dist.get_rank() == 0:
             print(json.dumps(lines), flush=True)
+        dist.destroy_process_group()
         return 0
     from benchmarks.launch import RunFailed, run_program
     from benchmarks.timing import about

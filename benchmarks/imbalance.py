@@ -1,6 +1,6 @@
 """What an uneven load of the experts costs a MoE layer, and what another placement of the experts gains.
 
-    python benchmarks/imbalance.py                                       # 2 ranks, 5 degrees of skew: a minute
+    python benchmarks/imbalance.py                                       # 2 ranks, 5 degrees of skew: a minute or two
     python benchmarks/imbalance.py --ranks 4 --skew 0 0.5 1 --redundant 8
     python benchmarks/imbalance.py --output benchmarks/results/imbalance.json    # and imbalance.png beside it
 
@@ -138,13 +138,13 @@ def plot(lines: list[dict], path: Path) -> None:
         left.plot(skews, [1e3 * each["step_seconds"] for each in found], marker="o", label=name)
         middle.plot(skews, [1e3 * max(each["cpu_seconds_of_ranks"]) for each in found], marker="o", label=name)
         right.plot(skews, [each["ranks_max_over_mean"] for each in found], marker="o", label=name)
-    left.set_ylabel("milliseconds of a step of the layer, forward and backward")
-    middle.set_ylabel("CPU-milliseconds of the busiest rank in it")
+    left.set_ylabel("ms of a step, forward and backward")
+    middle.set_ylabel("CPU-ms of the busiest rank in a step")
     for axes in (left, middle):
         axes.set_ylim(bottom=0)
     right.set_ylabel("rows of the busiest rank over the mean")
     for axes in (left, middle, right):
-        axes.set_xlabel("skew s: expert e is chosen in proportion to (e + 1)^-s")
+        axes.set_xlabel("skew s: expert e chosen as (e + 1)^-s")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -174,7 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     skew_help = "degrees of skew, default: 0 0.25 0.5 0.75 1"
     parser.add_argument("--skew", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help=skew_help)
     parser.add_argument("--redundant", type=int, default=8, help="further copies of experts, default %(default)s")
-    parser.add_argument("--num_steps", type=int, default=25, help="timed steps of each, default %(default)s")
+    parser.add_argument("--num_steps", type=int, default=60, help="timed steps of each, default %(default)s")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON, and a picture beside it")
     arguments = parser.parse_args()
     for name in ("experts", "redundant"):

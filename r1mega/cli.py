@@ -31,6 +31,7 @@ SECONDS_FOR_FIRST_RANK = 10.0
 PRESETS = Path(__file__).parent / "rl/presets"
 STATUS_STOPPED = 130  # as a shell reports a process that Ctrl-C ended
 OTHER_THAN_RL = [name for name in group_names() if not name.startswith("rl")]
+NO_BREAK = "\N{NO-BREAK SPACE}"
 MOST_RANKS_SHOWN = 8  # a longer group is abbreviated for people; --json is whole
 
 
@@ -254,8 +255,10 @@ def group_as_text(name: str, groups: list[list[int]]) -> str:
     if len(groups[0]) == 1:
         return f"{title} each rank alone" if len(groups) > 1 else f"{title} [0]"
     shown = [ranks if len(ranks) <= MOST_RANKS_SHOWN else [*ranks[:3], "...", ranks[-1]] for ranks in groups]
-    text = " ".join(f"[{' '.join(map(str, ranks))}]" for ranks in shown)
-    return textwrap.fill(f"{title} {text}", width=116, subsequent_indent=" " * 12)
+    # Lines break between groups only; textwrap takes a space that does not break for a letter.
+    text = " ".join(f"[{NO_BREAK.join(map(str, ranks))}]" for ranks in shown)
+    wrapped = textwrap.fill(f"{title} {text}", width=116, subsequent_indent=" " * 12)
+    return wrapped.replace(NO_BREAK, " ")
 
 
 MODEL_HELP = """\
@@ -265,6 +268,7 @@ model fits on a laptop.
 examples:
   r1mega model --config examples/configs/r1_671b.yaml
   r1mega model --config examples/configs/r1_tiny.yaml --model.num_layers 8
+  r1mega model --model.checkpoint Qwen3-30B-A3B
 """
 
 
@@ -277,9 +281,10 @@ def model_command(argv: list[str]) -> int:
         shown=["model"],
     )
     config, _ = parse(parser, argv)
+    from r1mega.model.huggingface import resolve_model_config
     from r1mega.model.summary import parameter_table
 
-    print(parameter_table(config.model))
+    print(parameter_table(resolve_model_config(config.model)))
     return 0
 
 

@@ -32,6 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data/default"
 sys.path.insert(0, str(ROOT))
 
+from r1mega.stopping import watch
+
+watch()  # before the imports, which take a while
+
 from r1mega.cli import main, report
 from r1mega.config import Config, ConfigError
 from r1mega.data.check import check_data

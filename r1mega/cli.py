@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -25,6 +26,7 @@ from r1mega.settings import (
     parse,
     world_size_from_environment,
 )
+from r1mega.stopping import LAUNCHED, accept_interrupts, say, watch
 
 AXES = tuple(dict.fromkeys(DENSE_AXES + EXPERT_AXES))
 SECONDS_FOR_FIRST_RANK = 10.0
@@ -38,17 +40,21 @@ MOST_RANKS_SHOWN = 8  # a longer group is abbreviated for people; --json is whol
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's mistake, or the command's own."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    watch()
+    accept_interrupts()
     try:
-        return run(argv)
-    except ConfigError as error:
-        report(error)
-        return 2
+        try:
+            return run(argv)
+        except ConfigError as error:
+            report(error)
+            return 2
     except BrokenPipeError:
         # The reader (head, less) has gone; what Python flushes at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        if is_first_rank():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun hands on what the terminal has sent already
+        if is_first_rank() and LAUNCHED not in os.environ:
             print("\nr1mega: stopped", file=sys.stderr, flush=True)
         # Threads that wait for other ranks, which stop as well, would keep an ordinary exit waiting.
         os._exit(STATUS_STOPPED)
@@ -65,7 +71,7 @@ def report(error: ConfigError) -> None:
     if not is_first_rank():
         time.sleep(SECONDS_FOR_FIRST_RANK)
         rank = f" (rank {os.environ['RANK']})"
-    print(f"r1mega: error: {one_line(str(error))}{rank}", file=sys.stderr)
+    say(f"{one_line(str(error))}{rank}")
 
 
 def run(argv: list[str]) -> int:
@@ -103,6 +109,10 @@ def overview() -> str:
 PRETRAIN_HELP = """\
 Pre-train a model. Settings come from YAML files and from flags; what comes later wins. Started by torchrun, the
 processes share the work as parallel.* says; started alone, it is one process.
+
+What goes wrong is one line that begins with "r1mega: error:". After it, torchrun prints a report of its own, which
+nothing that it runs can prevent where the exit status shall not be 0; bash examples/pretrain_r1_moe.sh prints none.
+The notice about OMP_NUM_THREADS is torchrun's, too; it is not printed where that is set.
 
 examples:
   r1mega pretrain --config examples/configs/r1_tiny.yaml --train.num_steps 50

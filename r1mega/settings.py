@@ -240,8 +240,9 @@ def hint(name: str, options: Collection[str]) -> str:
     # A known group is shared with all its settings, so the rest of the name decides.
     if nearest := nearest_last_part(last, members, 0.6) or nearest_last_part(last, known, 0.8):
         return f"did you mean {nearest}?"
-    if not members and (nearest := difflib.get_close_matches(guess, known if group else known + group_names(), n=1)):
-        return f"did you mean {nearest[0]}?"
+    whole = known if group else known + group_names()
+    if not members and (close := difflib.get_close_matches(guess, whole, n=1)):
+        return f"did you mean {close[0]}?"
     if members:
         return f"{group} has {', '.join(setting.removeprefix(f'{group}.') for setting in members)}"
     if group:

@@ -1,6 +1,6 @@
 """What the example scripts share: one file that bash, torchrun and Python all run. Imports no torch before it must.
 
-``python -m r1mega.launch`` is torchrun, except that a job which fails ends with one line and no traceback.
+:func:`main` is torchrun, except that a job which fails or is stopped ends with one line and no traceback.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from r1mega.stopping import LAUNCHED
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+ROOT = str(Path(__file__).parent.parent)
 GIVES_LAYOUT = re.compile(r"--(config|parallel\.(tp|pp|cp|ep|etp))(=|$)")
 
 
@@ -43,9 +44,9 @@ def number_of_processes(parallel: ParallelConfig, usual: int) -> int:
 def become_torchrun(file: str, arguments: Sequence[str], processes: int) -> NoReturn:
     """Replace this process by a launcher, which runs ``file`` once a process."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    launcher = [sys.executable, "-m", "r1mega.launch", "--standalone", f"--nproc-per-node={processes}"]
+    # r1mega need not be installed, and PYTHONPATH would reach every process that the job starts.
+    code = f"import sys; sys.path.insert(0, {ROOT!r}); from r1mega.launch import main; sys.exit(main(sys.argv[1:]))"
+    launcher = [sys.executable, "-c", code, "--standalone", f"--nproc-per-node={processes}"]
     print(f"r1mega: starting {processes} process{'es' * (processes > 1)}", flush=True)
     os.execv(sys.executable, [*launcher, file, *arguments])
 
@@ -91,14 +92,10 @@ def _stopped(number: int) -> int:
 
 
 def _failed(error: ChildFailedError) -> int:
-    """Name the rank that ended first, unless a rank has said why it ended (it then has written an error file)."""
+    """Name the rank that ended first, unless a rank has said why it ended: then its error file is not empty."""
     rank, failure = error.get_first_failure()
-    if not any(os.path.isfile(other.error_file) for other in error.failures.values()):
+    if not any(isinstance(other.message, dict) for other in error.failures.values()):
         how = f"exit status {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
         line = f"rank {rank} (process {failure.pid}) died ({how}), so the others were stopped"
         print(f"r1mega: error: {line}", file=sys.stderr, flush=True)
     return failure.exitcode if failure.exitcode > 0 else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -120,8 +120,9 @@ def _tell_torchrun(text: str) -> None:
     """Put the reason into torchrun's report, which otherwise has a link to a manual there."""
     if _folder() is None:
         return
+    text = f"r1mega: error: {text}"
     extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-    content = json.dumps({"message": {"message": f"r1mega: error: {text}", "extraInfo": extra}})
+    content = json.dumps({"message": {"message": text, "extraInfo": extra}})
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content)
 
 

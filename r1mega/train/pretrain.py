@@ -88,9 +88,10 @@ def _announce(trainer: Trainer, printer: ProgressPrinter) -> None:
     config, state = trainer.config, trainer.state
     sizes = " ".join(f"{name}={state.size(name)}" for name in ("dp", "tp", "pp", "ep", "etp"))
     begun = f", going on after step {trainer.progress.step}" if trainer.progress.step else ""
+    steps = f"{config.train.num_steps} step{'s' * (config.train.num_steps > 1)}"
     printer.message(
         f"r1mega: {state.layout.world_size} process{'es' * (state.layout.world_size > 1)} ({sizes}) on "
-        f"{state.device.type}, {config.train.dtype}, {config.train.num_steps} steps to {config.train.output_dir}{begun}"
+        f"{state.device.type}, {config.train.dtype}, {steps} to {config.train.output_dir}{begun}"
     )
     if native.library is None and state.device.type == "cpu":
         printer.message(f"r1mega: PyTorch's operations instead of C++ kernels: {native.reason}")

@@ -186,3 +186,14 @@ def test_a_mistake_in_r1_zero_s_settings_is_found_by_the_launcher(
     error = capsys.readouterr().err
     assert error.startswith(f"r1mega: error: {line}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_pretrain_says_how_make_takes_settings_after_a_mistake() -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "NPROC")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    command = ["make", "--old-file=setup", "pretrain", "ARGS=--tp=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    first, second, *_ = done.stderr.splitlines()
+    assert first == "r1mega: error: unknown setting tp; did you mean parallel.tp?"
+    assert second == 'make pretrain takes settings in ARGS, as in make pretrain ARGS="--train.resume true"'

@@ -50,10 +50,10 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def advice(prefix: str) -> str:
-    """What to do about damaged files of ``prefix``, where r1mega has prepared them: ``; delete ... `` or nothing."""
-    folder = Path(prefix).parent
-    if Path(prefix).name not in PARTS or not (folder / RECORD).exists():
+def advice(path: str) -> str:
+    """What to do about a damaged file or prefix in a folder that r1mega has prepared: ``; delete ...``, or nothing."""
+    folder = Path(path).parent
+    if not (folder / RECORD).exists():
         return ""
     return f"; {folder} was made by tools/prepare_data.py: delete it and prepare it again"
 

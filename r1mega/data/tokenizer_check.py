@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from r1mega.config import Config, ConfigError
-from r1mega.data.record import maker_of
+from r1mega.data.record import advice, maker_of
 from r1mega.data.tokenizer import Tokenizer, fingerprint
 
 # Rows that a model may have beyond its tokenizer: Megatron pads a vocabulary to a multiple of 128 x tp, published
@@ -23,7 +23,10 @@ def check_tokenizer(config: Config) -> Tokenizer | None:
     """
     if config.data.tokenizer is None:
         return None
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    try:
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{advice(config.data.tokenizer)}") from error
     size, rows, name = tokenizer.vocab_size, config.model.vocab_size, config.data.tokenizer
     if size > rows:
         raise ConfigError(f"model.vocab_size={rows}: must be at least {size}, the size of data.tokenizer ({name})")

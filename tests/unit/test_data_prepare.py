@@ -196,6 +196,9 @@ def test_training_on_a_damaged_folder_says_how_to_mend_it(inputs: Path, tmp_path
     config.model.vocab_size = 320
     with pytest.raises(ConfigError, match=r"^data\.train=[^\n]*is cut short[^\n]*delete it and prepare it again$"):
         check_data(config)
+    (tmp_path / "out" / "tokenizer.model").unlink()
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer=[^\n]*no such file[^\n]*delete it and prepare it again$"):
+        check_data(config)
 
 
 def test_a_place_that_cannot_be_written_is_one_line_that_names_it(inputs: Path) -> None:

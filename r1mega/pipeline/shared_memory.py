@@ -131,7 +131,9 @@ class Link:
             self._in = _Inbox(*self._descriptors)
         while not self._in.has_message():
             if not self._hear() and not self._in.has_message():  # the last one may have come with the end
-                raise ConnectionError(GONE)
+                raise ConnectionError(GAVE_UP if self._in.has_ended() else GONE)
+        if self._in.has_ended():
+            raise ConnectionError(GAVE_UP)
         return self._in.take(make)
 
     def _hear(self) -> bytes:
@@ -277,9 +279,10 @@ class _Inbox:
     def has_message(self) -> bool:
         return self._page.words[SENT] > self._page.words[TAKEN]
 
+    def has_ended(self) -> bool:
+        return bool(self._page.words[ENDED])
+
     def take(self, make: Callable[[bytes], tuple[Tensor, ...]]) -> tuple[int, tuple[Tensor, ...]]:
-        if self._page.words[ENDED]:
-            raise ConnectionError(GAVE_UP)
         taken = self._page.words[TAKEN]
         name, ring, place, header_bytes = RECORD.unpack_from(self._page.bytes, _Page.place(taken))
         while self._number_of_ring < ring:  # it was sent before the record was written

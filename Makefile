@@ -45,8 +45,10 @@ test: export OMP_NUM_THREADS ?= 1
 test: setup
 	@$(BIN)/python -m pytest --quiet $(ARGS)
 
+# Status 2 is a mistake in the settings; the line before names them as flags.
 pretrain: setup
-	@bash examples/pretrain_r1_moe.sh $(ARGS)
+	@bash examples/pretrain_r1_moe.sh $(ARGS) || { status=$$?; if [ $$status = 2 ]; then \
+		echo 'make pretrain takes settings in ARGS, as in make pretrain ARGS="--train.resume true"' >&2; fi; exit $$status; }
 
 lint: setup
 	@$(BIN)/ruff check

@@ -34,7 +34,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import moe_layer  # noqa: E402
 from benchmarks.gpu_timing import BF16, DEVICE, ROUNDS, Rates, Row, head, line_of, measure  # noqa: E402
-from benchmarks.moe_layer import Sizes, Work  # noqa: E402
+from benchmarks.moe_layer import Sizes  # noqa: E402
+from benchmarks.stages import OURS  # noqa: E402
+from benchmarks.timing import Work  # noqa: E402
 from r1mega.kernels import cuda  # noqa: E402
 from r1mega.kernels.combine import combine  # noqa: E402
 from r1mega.kernels.permute import permute  # noqa: E402
@@ -155,13 +157,12 @@ def copy_rows(p: Routing) -> list[Row]:
 def layer_rows(p: moe_layer.Problem) -> list[Row]:
     """Every stage of a layer, forward and backward."""
     targets = {"permute": OF_COPY, "combine": OF_COPY}
-    peers = moe_layer.torch_stages(p)
     rows = []
-    for name, stages in moe_layer.stages(p).items():
-        for direction, stage, peer in zip(("", " backward"), stages, peers.get(name, (None, None)), strict=True):
-            row = Row(f"{name}{direction}", [stage.work], stage.num_bytes, stage.flops, at_least=targets.get(name))
-            row.peer = [peer] if peer else []
-            rows.append(row)
+    for (name, direction), stage in moe_layer.stages(p).items():
+        full_name = name if direction == "forward" else f"{name} backward"
+        row = Row(full_name, [stage.works[OURS]], stage.floor_bytes, stage.flops, at_least=targets.get(name))
+        row.peer = [stage.works["PyTorch"]] if "PyTorch" in stage.works else []
+        rows.append(row)
     return rows
 
 

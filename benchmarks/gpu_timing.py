@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import moe_layer
-from benchmarks.moe_layer import Work
+from benchmarks.timing import Work, machine_rates, seconds
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -47,13 +46,13 @@ class Rates:
 
     @classmethod
     def measure(cls) -> Rates:
-        return cls(*moe_layer.machine_rates(DEVICE, BF16))
+        return cls(*machine_rates(DEVICE, BF16))
 
 
 def timed(run: Work, calls: int) -> list[float]:
     """Seconds of one call in each round, by CUDA events around ``run``, which makes ``calls`` calls."""
-    found = moe_layer.seconds({"run": run}, ROUNDS, 1, DEVICE)["run"]
-    return [seconds / calls for seconds in found]
+    found = seconds({"run": run}, ROUNDS, 1, DEVICE)["run"]
+    return [of_round / calls for of_round in found]
 
 
 def in_turn(works: list[Work]) -> tuple[Work, int]:

@@ -4,9 +4,11 @@
     python benchmarks/moe_layer.py --device cuda --dtype bfloat16 --tokens 8192 --hidden 7168 --width 2048 --top_k 8
     python benchmarks/moe_layer.py --output benchmarks/results/moe_layer.json
 
-The first table has the stages of r1mega's layer, forward and backward: time, and which fraction of the bandwidth of a
-plain copy on this machine the fewest bytes that the stage can move are; or, for products, which fraction of the rate of
-a large product. A stage that works in the cache can exceed 1.
+The first table has the stages of r1mega's layer, forward and backward: time, the bytes that its implementation reads
+and writes, the fewest that any can, and which fraction of the bandwidth of a plain copy on this machine that is; for
+products, their operations and the fraction of the rate of a large product. Beside it stand the times of PyTorch's
+operations, of megatron-core's router, permutation and combination where it is installed, and on a GPU of Transformer
+Engine's. A stage that works in the cache can exceed 1.
 
 The second has the whole layer, forward and backward with the gradients of weights accumulated, beside its experts'
 matrix products alone (the same rows for each expert, nothing between them; the aim is 1.1 times as long at most), a
@@ -21,13 +23,10 @@ the results of the layers differ.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
-import os
-import platform
+import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -41,14 +40,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.launch import RunFailed, run_program  # noqa: E402
+from benchmarks.peers.routing_functions import Routed  # noqa: E402
+from benchmarks.routing_stages import leaf, routing_stages  # noqa: E402
+from benchmarks.stages import OURS, Lines, Rates, Stage, table  # noqa: E402
+from benchmarks.timing import Work, about, machine_rates, seconds, spread  # noqa: E402
 from r1mega.config import MoEConfig  # noqa: E402
 from r1mega.files import write_whole  # noqa: E402
 from r1mega.kernels import native  # noqa: E402
-from r1mega.kernels.combine import combine  # noqa: E402
 from r1mega.kernels.grouped_swiglu import grouped_swiglu  # noqa: E402
 from r1mega.kernels.linear import grouped_linear, linear  # noqa: E402
-from r1mega.kernels.permute import permute  # noqa: E402
-from r1mega.kernels.products import group_matmul, group_outer, matmul  # noqa: E402
+from r1mega.kernels.products import group_matmul, group_outer  # noqa: E402
 from r1mega.kernels.route import route  # noqa: E402
 from r1mega.kernels.swiglu import weighted_swiglu  # noqa: E402
 from r1mega.moe.layer import MoELayer  # noqa: E402
@@ -57,7 +58,9 @@ from r1mega.parallel_state import ParallelState  # noqa: E402
 TARGET = 1.1
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 PEER_SECONDS = 600
-Work = Callable[[], object]
+# "gate_up_swiglu" is the two before it as the layer calls them, together: one kernel on a GPU
+STAGES = ("gate", "route", "permute", "gate_up", "swiglu", "gate_up_swiglu", "down", "combine")
+DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,6 @@ class Sizes:
     @property
     def rows(self) -> int:
         return self.tokens * self.top_k
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage's work, the fewest bytes that it can move, and its multiply-adds times two."""
-
-    work: Work
-    num_bytes: int = 0
-    flops: int = 0
 
 
 class AtOnce:
@@ -123,115 +117,86 @@ class Problem:
             weight.to_local().detach().requires_grad_()
             for weight in (self.layer.experts.gate_up_proj, self.layer.experts.down_proj)
         )
-        self.choices = route(self.x_TH.detach().float() @ self.gate.detach().t(), None, self.layer.gate.options)
+        self.logits_TE = self.x_TH.detach().float() @ self.gate.detach().t()
+        self.choices = route(self.logits_TE, None, self.layer.gate.options)
         # What the layer hands to its products: on a GPU the host does not read it.
         self.counts = self.choices.counts_E if self.device.type == "cuda" else self.choices.counts_E.tolist()
 
 
-def stages(p: Problem) -> dict[str, tuple[Stage, Stage]]:
-    """Forward and backward of each stage of r1mega's layer; the backward runs again and again on one graph.
+def stages(p: Problem) -> dict[tuple[str, str], Stage]:
+    """Forward and backward of each stage of the layer; a backward runs again and again on one graph."""
+    routed = Routed(p.x_TH, p.logits_TE, p.layer.gate.options, p.choices, p.grad_TH)
+    both = product_stages(p) | routing_stages(routed)
+    return {(name, direction): both[name, direction] for direction in DIRECTIONS for name in STAGES}
 
-    ``gate_up_swiglu`` is ``gate_up`` and ``swiglu`` as the layer calls them, together: one kernel on a GPU.
-    """
+
+def product_stages(p: Problem) -> dict[tuple[str, str], Stage]:
+    """Gate, the experts' two products and what is between them, beside the same of PyTorch's operations."""
     s, b, store = p.sizes, p.dtype.itemsize, AtOnce()
-    leaf = partial(_leaf)
-    x, chosen = leaf(p.x_TH), p.choices
-    decided = chosen.experts_TK, chosen.ranks_TK, chosen.counts_E
-    weights_TK = leaf(chosen.weights_TK)
-    gate_forward = lambda: linear(x.float(), p.gate, store)  # noqa: E731
-    logits = gate_forward()
-    logits_leaf = leaf(logits)
-    route_forward = lambda: route(logits_leaf, None, p.layer.gate.options)  # noqa: E731
-    routed = route_forward()
-    permute_forward = lambda: permute(x, weights_TK, *decided, first_row_NE=chosen.first_row_NE)  # noqa: E731
-    rows, row_weights, row_map = permute_forward()
-    rows_leaf, weights_leaf = leaf(rows), leaf(row_weights)
-    gate_up_forward = lambda: grouped_linear(rows_leaf, p.gate_up, p.counts, store)  # noqa: E731
-    gate_up = gate_up_forward()
-    gate_up_leaf = leaf(gate_up)
-    swiglu_forward = lambda: weighted_swiglu(gate_up_leaf, weights_leaf)  # noqa: E731
-    hidden = swiglu_forward()
-    hidden_leaf = leaf(hidden)
-    fused_forward = lambda: grouped_swiglu(rows_leaf, p.gate_up, weights_leaf, p.counts, store)  # noqa: E731
-    down_forward = lambda: grouped_linear(hidden_leaf, p.down, p.counts, store)  # noqa: E731
-    down = down_forward()
-    down_leaf = leaf(down)
-    combine_forward = lambda: combine(down_leaf, row_map)  # noqa: E731
-    combined = combine_forward()
-    token_rows, routed_rows = s.tokens * s.hidden * b, s.rows * s.hidden * b
-    choices, logit_bytes, expert_flops = s.rows * 4, 4 * s.tokens * s.experts, 2 * s.rows * s.hidden * s.width
-    wide = s.rows * s.width * b
-    gate_flops = 2 * s.tokens * s.hidden * s.experts
+    draw = partial(torch.randn, dtype=p.dtype, device=p.device)
+    x, rows, gate_up, hidden = leaf(p.x_TH), *(
+        draw(s.rows, width).requires_grad_() for width in (s.hidden, 2 * s.width, s.width)
+    )  # fmt: skip
+    weights_R = torch.rand(s.rows, device=p.device).requires_grad_()
+    # Leaves of their own: gradients of PyTorch are new tensors, those of r1mega are added to the parameters'.
+    gate, ups, downs = leaf(p.gate), leaf(p.gate_up.flatten(1, 2)), leaf(p.down)
 
-    def back(outputs: object, leaves: object) -> Work:
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        grads = tuple(torch.randn_like(output) for output in outputs)
-        return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+    def by_linear(rows_RX: Tensor, weights_EYX: Tensor) -> Tensor:
+        if isinstance(p.counts, Tensor):
+            return F.grouped_mm(rows_RX, weights_EYX.transpose(1, 2), offs=p.counts.cumsum(0, dtype=torch.int32))
+        parts = zip(rows_RX.split(p.counts), weights_EYX.unbind(), strict=True)
+        return torch.cat([F.linear(part, weight) for part, weight in parts])
 
-    return {
-        "gate": (Stage(gate_forward, flops=gate_flops), Stage(back(logits, x), flops=2 * gate_flops)),
-        "route": (
-            Stage(route_forward, logit_bytes + 2 * choices),
-            Stage(back(routed.weights_TK, logits_leaf), logit_bytes + 2 * choices),
-        ),
-        "permute": (
-            Stage(permute_forward, token_rows + routed_rows + choices),
-            Stage(back((rows, row_weights), (x, weights_TK)), token_rows + routed_rows),
-        ),
-        "gate_up": (
-            Stage(gate_up_forward, flops=2 * expert_flops), Stage(back(gate_up, rows_leaf), flops=4 * expert_flops)
-        ),
-        "swiglu": (
-            Stage(swiglu_forward, 3 * wide + choices),
-            Stage(back(hidden, (gate_up_leaf, weights_leaf)), 5 * wide + 2 * choices),
-        ),
+    def swiglu(gate_up_R2F: Tensor, scale_R: Tensor) -> Tensor:
+        gated, up = gate_up_R2F.chunk(2, dim=1)
+        return F.silu(gated) * up * scale_R.unsqueeze(1).to(gate_up_R2F.dtype)
+
+    forwards = {
+        "gate": (lambda: linear(x.float(), p.gate, store), lambda: F.linear(x.float(), gate)),
+        "gate_up": (lambda: grouped_linear(rows, p.gate_up, p.counts, store), lambda: by_linear(rows, ups)),
+        "swiglu": (lambda: weighted_swiglu(gate_up, weights_R), lambda: swiglu(gate_up, weights_R)),
         "gate_up_swiglu": (
-            Stage(fused_forward, flops=2 * expert_flops),
-            Stage(back(fused_forward(), (rows_leaf, weights_leaf)), flops=4 * expert_flops),
+            lambda: grouped_swiglu(rows, p.gate_up, weights_R, p.counts, store),
+            lambda: swiglu(by_linear(rows, ups), weights_R),
         ),
-        "down": (Stage(down_forward, flops=expert_flops), Stage(back(down, hidden_leaf), flops=2 * expert_flops)),
-        "combine": (
-            Stage(combine_forward, token_rows + routed_rows + 2 * choices),
-            Stage(back(combined, down_leaf), token_rows + routed_rows),
-        ),
-    }  # fmt: skip
-
-
-def torch_stages(p: Problem) -> dict[str, tuple[Work, Work]]:
-    """Forward and backward of the experts' stages in PyTorch's operations; weight gradients are not accumulated."""
-    s, make = p.sizes, partial(torch.randn, dtype=p.dtype, device=p.device)
-    x, both, hidden = (make(s.rows, width).requires_grad_() for width in (s.hidden, 2 * s.width, s.width))
-    scale = make(s.rows, 1).requires_grad_()
-    ends = torch.as_tensor(p.counts, device=p.device).cumsum(0, dtype=torch.int32)
-
-    def product(rows: Tensor, weight: Tensor) -> Tensor:
-        return F.grouped_mm(rows, weight.flatten(1, -2).transpose(1, 2), offs=ends)
-
-    def swiglu(gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=1)
-        return F.silu(gate) * up * scale
-
-    forwards: dict[str, tuple[Work, tuple[Tensor, ...]]] = {
-        "gate_up": (lambda: product(x, p.gate_up), (x, p.gate_up)),
-        "swiglu": (lambda: swiglu(both), (both, scale)),
-        "gate_up_swiglu": (lambda: swiglu(product(x, p.gate_up)), (x, p.gate_up, scale)),
-        "down": (lambda: product(hidden, p.down), (hidden, p.down)),
+        "down": (lambda: grouped_linear(hidden, p.down, p.counts, store), lambda: by_linear(hidden, downs)),
     }
+    inputs: dict[str, tuple[Tensor, ...]] = {"gate": (x,), "gate_up": (rows,), "swiglu": (gate_up, weights_R)}
+    inputs |= {"gate_up_swiglu": (rows, weights_R), "down": (hidden,)}
+    weights = {"gate": (gate,), "gate_up": (ups,), "swiglu": (), "gate_up_swiglu": (ups,), "down": (downs,)}
+    tokens, wide, narrow, scales = s.tokens * s.hidden, s.rows * s.width, s.rows * s.hidden, 4 * s.rows
+    of_gate, of_up, logits = 4 * p.gate.numel(), b * p.gate_up.numel(), 4 * s.tokens * s.experts
+    of_x = b * tokens + (0 if b == 4 else 2 * 4 * tokens)  # in another type it is read, written as float32 and read
+    flops = 2 * s.rows * s.hidden * s.width
+    # Weights are read once; gradients of products twice, and those of the weights are read and written.
+    moved = {
+        "gate": (of_x + of_gate + logits, 2 * logits + 3 * of_gate + of_x + 4 * tokens),
+        "gate_up": (b * (narrow + 2 * wide) + of_up, b * (4 * wide + 2 * narrow) + 3 * of_up),
+        "swiglu": (3 * b * wide + scales, 5 * b * wide + 2 * scales),
+        "gate_up_swiglu": (b * (narrow + 3 * wide) + of_up + scales, b * (7 * wide + 2 * narrow) + 3 * of_up),
+        "down": (b * (wide + narrow) + of_up // 2, b * (2 * narrow + 2 * wide) + 3 * of_up // 2),
+    }
+    products = {"gate": 2 * s.tokens * s.hidden * s.experts, "gate_up": 2 * flops, "swiglu": 0, "down": flops}
+    products["gate_up_swiglu"] = products["gate_up"]
     found = {}
-    for name, (forward, leaves) in forwards.items():
-        output = forward()
-        given = output, leaves, torch.randn_like(output)
-        found[name] = forward, partial(torch.autograd.grad, *given, retain_graph=True)
+    for name, (ours, theirs) in forwards.items():
+        floors = (0, 0) if products[name] else moved[name]
+        for i, direction in enumerate(DIRECTIONS):
+            works = {OURS: ours, "PyTorch": theirs}
+            if direction == "backward":
+                works = {OURS: _back(ours(), inputs[name]), "PyTorch": _back(theirs(), inputs[name] + weights[name])}
+            found[name, direction] = Stage(works, moved[name][i], floors[i], (1 + i) * products[name])
     return found
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_()
+def _back(output: Tensor, leaves: tuple[Tensor, ...]) -> Work:
+    grad = torch.randn_like(output)
+    return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
 
 def r1mega_layer(p: Problem) -> tuple[Tensor, Tensor]:
     """Output and gradient of the tokens."""
-    x = _leaf(p.x_TH)
+    x = leaf(p.x_TH)
     output = p.layer(x, p.sizes.tokens, 1)[0]
     output.backward(p.grad_TH)
     return output.detach(), x.grad
@@ -240,7 +205,7 @@ def r1mega_layer(p: Problem) -> tuple[Tensor, Tensor]:
 def torch_layer(p: Problem, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The same of PyTorch's operations; weight gradients are accumulated, too."""
     gate, gate_up, down = weights
-    x = _leaf(p.x_TH)
+    x = leaf(p.x_TH)
     probabilities = F.linear(x.float(), gate).softmax(-1)
     top, experts = probabilities.topk(p.sizes.top_k)
     top = top / top.sum(-1, keepdim=True)
@@ -295,45 +260,6 @@ def products_alone(p: Problem) -> tuple[Work, Work]:
     return forward, backward
 
 
-def seconds(works: dict[str, Work], rounds: int, calls: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of one call in each round; all take turns, the first round does not count."""
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for index in range(rounds + 1):
-        for name, work in works.items():
-            took = _gpu_seconds(work, calls) if device.type == "cuda" else _cpu_seconds(work, calls)
-            if index:
-                found[name].append(took)
-    return found
-
-
-def _cpu_seconds(work: Work, calls: int) -> float:
-    start = time.process_time()
-    for _ in range(calls):
-        work()
-    return (time.process_time() - start) / calls
-
-
-def _gpu_seconds(work: Work, calls: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / calls
-
-
-def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes a second of a copy far larger than the cache, operations a second of a large product."""
-    size, edge = (1 << 30, 8192) if device.type == "cuda" else (1 << 27, 1536)
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
-    works: dict[str, Work] = {"copy": lambda: target.copy_(source), "product": lambda: matmul(a, b)}
-    times = seconds(works, 5, 2, device)
-    return 2 * size / statistics.median(times["copy"]), 2 * edge**3 / statistics.median(times["product"])
-
-
 def difference(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
     """The largest, relative to the largest value."""
     return max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(a, b, strict=True))
@@ -358,36 +284,9 @@ def size_arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def about(device: torch.device) -> dict:
-    """What the numbers depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": name,
-        "load_average": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "kernels": native.reason,
-    }
-
-
-def stage_lines(p: Problem, arguments: argparse.Namespace, copy: float, product: float) -> list[dict]:
-    """One entry for each stage and direction."""
-    lines = []
-    found = stages(p)
-    for direction, index in (("forward", 0), ("backward", 1)):
-        works = {name: both[index].work for name, both in found.items()}
-        times = seconds(works, arguments.rounds, arguments.calls, p.device)
-        for name, both in found.items():
-            stage, median = both[index], statistics.median(times[name])
-            fraction = stage.num_bytes / median / copy if stage.num_bytes else stage.flops / median / product
-            line = {"stage": name, "direction": direction, "seconds": times[name], "floor_bytes": stage.num_bytes}
-            lines.append(line | {"flops": stage.flops, "fraction": fraction})
-    return lines
-
-
 def layer_times(p: Problem, arguments: argparse.Namespace) -> tuple[dict[str, list[float]], float]:
     """Times of the whole layers, and by how much r1mega's results differ from PyTorch's."""
-    weights = [_leaf(p.gate.detach()), _leaf(p.gate_up.detach().flatten(1, 2)), _leaf(p.down.detach())]
+    weights = [leaf(p.gate.detach()), leaf(p.gate_up.detach().flatten(1, 2)), leaf(p.down.detach())]
     forward, backward = products_alone(p)
 
     def alone() -> None:
@@ -400,18 +299,12 @@ def layer_times(p: Problem, arguments: argparse.Namespace) -> tuple[dict[str, li
     return seconds(works, arguments.rounds, 1, p.device), worst
 
 
-def print_tables(p: Problem, lines: list[dict], times: dict[str, list[float]]) -> None:
-    print(f"{'stage':16}{'forward ms':>12}{'fraction':>10}{'backward ms':>14}{'fraction':>10}  of")
-    half = len(lines) // 2
-    for forward, backward in zip(lines[:half], lines[half:], strict=True):
-        of = "copy" if forward["floor_bytes"] else "product"
-        both = [(statistics.median(line["seconds"]) * 1e3, line["fraction"]) for line in (forward, backward)]
-        print(f"{forward['stage']:16}{both[0][0]:12.2f}{both[0][1]:10.2f}{both[1][0]:14.2f}{both[1][1]:10.2f}  {of}")
+def print_layers(times: dict[str, list[float]]) -> None:
     floor = statistics.median(times["products alone"])
-    print(f"\n{'layer, forward and backward':32}{'ms':>9}{'range':>20}{'of products':>13}")
+    print(f"{'layer, forward and backward':32}{'ms':>9}{'range':>18}{'of products':>13}")
     for name, values in times.items():
-        spread = f"{min(values) * 1e3:8.1f} -{max(values) * 1e3:8.1f}"
-        print(f"{name:32}{statistics.median(values) * 1e3:9.1f}{spread:>20}{statistics.median(values) / floor:13.3f}")
+        median = statistics.median(values)
+        print(f"{name:32}{median * 1e3:9.1f}{spread(values):>18}{median / floor:13.3f}")
 
 
 def main() -> int:
@@ -430,7 +323,9 @@ def main() -> int:
     sizes = Sizes(arguments.tokens, arguments.hidden, arguments.experts, arguments.top_k, arguments.width)
     p = Problem(sizes, device, dtype)
     copy, product = machine_rates(device, dtype)
-    lines = [] if arguments.only == "layers" else stage_lines(p, arguments, copy, product)
+    lines = []
+    if arguments.only != "layers":
+        lines = Lines(stages(p), Rates(copy, product)).measure(arguments.rounds, arguments.calls, device)
     times, worst = layer_times(p, arguments)
     if device.type == "cpu" and dtype == torch.float32 and not arguments.no_megatron:
         peer = megatron(sizes, arguments.rounds)
@@ -439,7 +334,8 @@ def main() -> int:
     print(f"T={sizes.tokens} H={sizes.hidden} E={sizes.experts} K={sizes.top_k} F={sizes.width}, {arguments.dtype}")
     print(f"{device.type}; {native.reason}")
     print(f"copy {copy / 1e9:.1f} GB/s, product {product / 1e9:.0f} GFLOP/s; results differ by {worst:.1e}\n")
-    print_tables(p, lines, times)
+    print(table(lines) + "\n\n" if lines else "", end="")
+    print_layers(times)
     floor = statistics.median(times["products alone"])
     ratio = statistics.median(times["r1mega"]) / floor
     rate = 18 * sizes.rows * sizes.hidden * sizes.width / statistics.median(times["r1mega"]) / product
@@ -447,8 +343,6 @@ def main() -> int:
     if arguments.output:
         result = {"sizes": asdict(sizes), "dtype": arguments.dtype, "copy_bytes_per_second": copy}
         result |= {"product_flops_per_second": product, "stages": lines, "layers": times, "layer_over_products": ratio}
-        import json
-
         text = json.dumps({**about(device), **result, "largest_difference": worst}, indent=1)
         write_whole(arguments.output, text + "\n")
         print(f"written to {arguments.output}")

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.launch import RunFailed, run_program  # noqa: E402
 from benchmarks.r1mega_step import model_config  # noqa: E402
+from benchmarks.timing import cpu_name  # noqa: E402
 from benchmarks.workload import Workload, add_workload_arguments, workload_from  # noqa: E402
 from r1mega.config import ConfigError, ParallelConfig, require, validate_model_layout  # noqa: E402
 from r1mega.model.blocks import place_blocks  # noqa: E402
@@ -172,18 +173,12 @@ class Progress:
 
 def machine() -> dict:
     """What the numbers depend on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
-    except OSError:
-        pass
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
     import r1mega
 
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{cpu}, {os.cpu_count()} cores",
+        "device": cpu_name(),
         "load_average": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "r1mega": r1mega.__version__, **versions},
     }

@@ -17,7 +17,7 @@
 namespace r1mega {
 namespace {
 
-constexpr int kInterface = 6;                  // r1mega/kernels/native.py wants the same; raise both together
+constexpr int kInterface = 7;                  // r1mega/kernels/native.py wants the same; raise both together
 constexpr int64_t kElementsOfThread = 1 << 16;  // less work is not worth a thread
 
 const Kernels* best_kernels() {
@@ -124,8 +124,8 @@ void chosen_backward(Pointer grad_weights, Pointer chosen_scores, Pointer expert
 // Copies rows into expert order: choice i of expert e goes to row first_of_expert[e] + rank[i]; the map is written too.
 // A row outside of the result, of choices that do not fit their counts, is not written: it is an error.
 void permute(Pointer input, Pointer experts, Pointer ranks, Pointer first_of_expert, Pointer row_of_choice,
-             Pointer out, int64_t num_tokens, int64_t num_experts, int top_k, int64_t num_rows, int64_t row_bytes,
-             bool streaming, int threads) {
+             Pointer out, int64_t num_tokens, int64_t num_experts, int top_k, int64_t num_rows, int64_t input_step,
+             int64_t row_bytes, bool streaming, int threads) {
   std::atomic<bool> outside{false};
   share(num_tokens, top_k * row_bytes / 4, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * top_k; i < end * top_k; ++i) {
@@ -140,19 +140,19 @@ void permute(Pointer input, Pointer experts, Pointer ranks, Pointer first_of_exp
       }
       at<int64_t>(row_of_choice)[i] = row;
     }
-    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, row_bytes, streaming, begin,
-                       end);
+    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, input_step, row_bytes,
+                       streaming, begin, end);
   });
   if (outside)
     throw std::invalid_argument("experts_TK and ranks_TK lead to rows outside of the " + std::to_string(num_rows) +
                                 " that there are: they must fit counts_E, and may_drop be True where choices are dropped");
 }
 
-void copy_rows(Pointer input, Pointer row_of_choice, Pointer out, int64_t num_tokens, int top_k, int64_t row_bytes,
-               bool streaming, int threads) {
+void copy_rows(Pointer input, Pointer row_of_choice, Pointer out, int64_t num_tokens, int top_k, int64_t input_step,
+               int64_t row_bytes, bool streaming, int threads) {
   share(num_tokens, top_k * row_bytes / 4, threads, [&](int64_t begin, int64_t end) {
-    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, row_bytes, streaming, begin,
-                       end);
+    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, input_step, row_bytes,
+                       streaming, begin, end);
   });
 }
 

@@ -230,16 +230,16 @@ inline void stream_row(char* out, const char* input, int64_t bytes) {
 #endif
 }
 
-void copy_rows(const char* input, const int64_t* row_of_choice, char* out, int top_k, int64_t row_bytes,
-               bool streaming, int64_t begin, int64_t end) {
+void copy_rows(const char* input, const int64_t* row_of_choice, char* out, int top_k, int64_t input_step,
+               int64_t row_bytes, bool streaming, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     for (int k = 0; k < top_k; ++k) {
       const int64_t row = row_of_choice[t * top_k + k];
       if (row < 0) continue;
       if (streaming) {
-        stream_row(out + row * row_bytes, input + t * row_bytes, row_bytes);
+        stream_row(out + row * row_bytes, input + t * input_step, row_bytes);
       } else {
-        memcpy(out + row * row_bytes, input + t * row_bytes, row_bytes);
+        memcpy(out + row * row_bytes, input + t * input_step, row_bytes);
       }
     }
   }

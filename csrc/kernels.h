@@ -85,9 +85,10 @@ struct TypedKernels {
 
 struct Kernels {
   const char* level;
-  // Copies row t of the input to its `top_k` rows of the output; a negative row is left out.
-  void (*copy_rows)(const char* input, const int64_t* row_of_choice, char* out, int top_k, int64_t row_bytes,
-                    bool streaming, int64_t begin, int64_t end);
+  // Copies row t of the input, which begins t * input_step bytes after the first, to its `top_k` rows of the output,
+  // which stand side by side; a negative row is left out.
+  void (*copy_rows)(const char* input, const int64_t* row_of_choice, char* out, int top_k, int64_t input_step,
+                    int64_t row_bytes, bool streaming, int64_t begin, int64_t end);
   TypedKernels<float> f32;
   TypedKernels<double> f64;
 };

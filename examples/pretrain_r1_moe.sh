@@ -20,6 +20,7 @@ exec "$python" -u "$file" "$@"
 
 : << '# end of the Python part'
 '''
+import dataclasses
 import fcntl
 import os
 import subprocess
@@ -31,10 +32,16 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data/default"
 sys.path.insert(0, str(ROOT))
 
+from r1mega.stopping import watch
+
+watch()  # before the imports, which take a while
+
 from r1mega.cli import main, report
 from r1mega.config import Config, ConfigError
 from r1mega.data.check import check_data
+from r1mega.data.record import find_damage
 from r1mega.launch import become_torchrun, number_of_processes, with_usual_layout
+from r1mega.model.huggingface import resolve_model_config
 from r1mega.settings import parse_config
 from r1mega.train.schedule import check_pipeline
 
@@ -51,13 +58,16 @@ def settings(arguments: list[str]) -> list[str]:
 
 
 def prepare_data(config: Config) -> None:
-    """Make the default corpus and tokenizer if ``config`` uses them. One process does it, the others wait."""
+    """Make the default corpus and tokenizer if ``config`` uses them and they are not there, whole.
+
+    One process does it, the others wait.
+    """
     if config.data.train != [str(DATA / "train")]:
         return
     DATA.parent.mkdir(parents=True, exist_ok=True)
     with (DATA.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (DATA / "corpus.json").exists():
+        if find_damage(DATA) is not None:
             command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--default", "--output", str(DATA)]
             if subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode != 0:
                 raise ConfigError(f"data.train={DATA / 'train'}: could not be prepared; see above")
@@ -67,6 +77,7 @@ def launch(arguments: list[str]) -> NoReturn:
     """Check the settings, then become torchrun, which runs this file once a process."""
     arguments = with_usual_layout(arguments, ["--parallel.pp=2", "--parallel.ep=2"])
     config = parse_config(settings(arguments))
+    config = dataclasses.replace(config, model=resolve_model_config(config.model))
     processes = number_of_processes(config.parallel, USUAL_PROCESSES)
     config.validate(processes)
     check_pipeline(config, processes)

@@ -33,6 +33,10 @@ DATA = ROOT / "data/addition"
 CONFIGS = ROOT / "examples/configs"
 sys.path.insert(0, str(ROOT))
 
+from r1mega.stopping import watch
+
+watch()  # before the imports, which take a while
+
 from r1mega.cli import main, report
 from r1mega.config import Config, ConfigError
 from r1mega.launch import become_torchrun, number_of_processes, with_usual_layout

@@ -2,6 +2,10 @@
 
 import sys
 
-from r1mega.cli import main
+from r1mega.stopping import watch
 
-sys.exit(main())
+if __name__ == "__main__":
+    watch()  # before the imports, which take a while
+    from r1mega.cli import main
+
+    sys.exit(main())

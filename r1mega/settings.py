@@ -15,7 +15,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jsonargparse
@@ -33,7 +33,7 @@ def parse_config(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: one line, for anything that cannot be understood or cannot work.
     """
-    return parse(SettingsParser(prog="r1mega"), argv)[0]
+    return parse(SettingsParser(prog="r1mega pretrain"), argv)[0]
 
 
 def dump_config(config: Config) -> str:
@@ -159,7 +159,7 @@ def check_flags(argv: Sequence[str], known_options: set[str]) -> None:
                 raise ConfigError("config: needs the path of a YAML file, as in --config examples/configs/r1_tiny.yaml")
             check_file(path)
         elif name.removesuffix("+") not in known_options:
-            check_name(name.removesuffix("+"))
+            check_name(name.removesuffix("+"), known_options)
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -210,21 +210,57 @@ def check_tree(tree: dict, prefix: str, path: str) -> None:
             raise ConfigError(f"{name}={show(value)}: is a group of settings, not a setting; see {path}")
 
 
-def check_name(name: str) -> None:
-    """Raise a :class:`ConfigError` that suggests the nearest setting unless ``name`` is one."""
+def check_name(name: str, options: Collection[str] = ()) -> None:
+    """Raise a :class:`ConfigError` that suggests the nearest setting, or one of ``options``, unless it is a setting."""
     known = list(setting_types())
     if name in known:
         return
     if name in group_names():
         example = next(setting for setting in known if setting.startswith(f"{name}."))
         raise ConfigError(f"{name}: is a group of settings; give them one by one (--{example}) or in a --config FILE")
+    raise ConfigError(f"unknown setting {name}; {hint(name, options)}")
+
+
+def hint(name: str, options: Collection[str]) -> str:
+    """What may have been meant by the unknown setting ``name``."""
     guess = name.replace("-", "_").lower()
-    same_last_part = [setting for setting in known if setting.split(".")[-1] == guess.split(".")[-1]]
+    option = difflib.get_close_matches(guess, [option for option in options if len(option) > 1], n=1, cutoff=0.8)
+    if option:
+        return f"did you mean --{option[0]}?"
+    known = list(setting_types())
+    group, _, last = guess.rpartition(".")
+    same_last_part = [setting for setting in known if setting.split(".")[-1] == last]
     begun = [setting for setting in known if setting.startswith(guess)]
-    likely = same_last_part or begun
-    nearest = difflib.get_close_matches(guess, likely or known + group_names(), n=1, cutoff=0.0 if likely else 0.6)
-    hint = f"did you mean {nearest[0]}?" if nearest else "see r1mega pretrain --help"
-    raise ConfigError(f"unknown setting {name}; {hint}")
+    # Not of the many settings inside the model's parts, whose initials are nearly all there are.
+    abbreviated = [name for name in known if name.count(".") == 1 and initials(name) == last and len(last) > 1]
+    likely = same_last_part or begun or abbreviated
+    if likely:
+        return f"did you mean {difflib.get_close_matches(guess, likely, n=1, cutoff=0.0)[0]}?"
+    members = [setting for setting in known if setting.rpartition(".")[0] == group]
+    # A known group is shared with all its settings, so the rest of the name decides.
+    if nearest := nearest_last_part(last, members, 0.6) or nearest_last_part(last, known, 0.8):
+        return f"did you mean {nearest}?"
+    whole = known if group else known + group_names()
+    if not members and (close := difflib.get_close_matches(guess, whole, n=1)):
+        return f"did you mean {close[0]}?"
+    if members:
+        return f"{group} has {', '.join(setting.removeprefix(f'{group}.') for setting in members)}"
+    if group:
+        groups = [group for group in group_names() if "." not in group]
+        return f"settings begin with {', '.join(groups[:-1])} or {groups[-1]}; see r1mega pretrain --help"
+    return "see r1mega pretrain --help"
+
+
+def nearest_last_part(last: str, settings: Sequence[str], cutoff: float) -> str | None:
+    """The one of ``settings`` whose last part is most like ``last``."""
+    parts = {setting.split(".")[-1]: setting for setting in reversed(settings)}
+    found = difflib.get_close_matches(last, parts, n=1, cutoff=cutoff)
+    return parts[found[0]] if found else None
+
+
+def initials(setting: str) -> str:
+    """``optimizer.learning_rate`` as ``lr``."""
+    return "".join(word[:1] for word in setting.split(".")[-1].split("_"))
 
 
 def explain(message: str, kinds: dict[str, typing.Any], see: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,14 +28,26 @@ examples:
 
 The output folder holds train.bin, train.idx, valid.bin, valid.idx, the tokenizer and corpus.json (what it was made
 from). It appears when it is complete; if the command is stopped, nothing is left that looks complete. The same command
-again does nothing. At the end it prints the lines that go into a configuration file. Files that were prepared for
-Megatron-LM need no preparation: name their prefixes under data.train.
+again does nothing; but a --default folder in which files are missing or cut short is made again. At the end it prints
+the lines that go into a configuration file. Files that were prepared for Megatron-LM need no preparation: name their
+prefixes under data.train.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    try:
+        return _run(_parser().parse_args(argv))
+    except BrokenPipeError:
+        # The reader (head, less) has gone; what Python flushes at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("\nprepare_data: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     try:
         if arguments.default:
@@ -42,8 +55,16 @@ def main(argv: list[str] | None = None) -> int:
         else:
             corpus = FileCorpus(arguments.input, arguments.json_key, tuple(arguments.suffixes))
         prepared = prepare(
-            corpus, arguments.output, arguments.tokenizer, arguments.vocab_size, arguments.valid_every, report=_report
+            corpus,
+            arguments.output,
+            arguments.tokenizer,
+            arguments.vocab_size,
+            arguments.valid_every,
+            report=_report,
+            rebuild_damaged=arguments.default,
         )
+    except BrokenPipeError:
+        raise
     except (ConfigError, OSError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@
 
 #define R1MEGA_EXPORT extern "C" __attribute__((visibility("default")))
 
-R1MEGA_EXPORT int r1mega_interface() { return 1; }  // cuda.py wants the same; raise both together
+R1MEGA_EXPORT int r1mega_interface() { return 2; }  // cuda.py wants the same; raise both together
 R1MEGA_EXPORT const char* r1mega_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 using namespace r1mega;

@@ -6,14 +6,14 @@
 namespace r1mega {
 
 struct PermuteArguments {
-  const void* input;         // [T, row_bytes]
+  const void* input;         // [T, row_bytes], row t input_step * t bytes after the first
   const int64_t* experts;    // [T, K]; E marks a dropped choice. Null: the map is given
   const int64_t* ranks;      // [T, K], inside the tile
   const int64_t* first_row;  // [N, E]
   int64_t* row_of_choice;    // [T, K], written, or read where the map is given; -1 for a dropped choice
   void* rows;                // [R, row_bytes]
   int num_tokens, num_experts, top_k, tile_tokens;
-  int64_t row_bytes;
+  int64_t input_step, row_bytes;
 };
 
 constexpr int kMaxCopies = kWarpSize;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kPermuteWarps* kWarpSize) permute_kernel(Permu
   }
   const int64_t pieces = a.row_bytes / sizeof(Piece), first = int64_t(blockIdx.y) * kPiecesOfWarp;
   const int64_t last = smaller(first + kPiecesOfWarp, pieces);
-  const Piece* input = static_cast<const Piece*>(a.input) + token * pieces;
+  const Piece* input = static_cast<const Piece*>(a.input) + token * (a.input_step / int64_t(sizeof(Piece)));
   for (int64_t start = first + lane; start - lane < last; start += kPiecesAtATime * kWarpSize) {
     Piece piece[kPiecesAtATime];
 #pragma unroll
@@ -67,11 +67,12 @@ cudaError_t launch_permute(const PermuteArguments& a, void* stream) {
   return R1MEGA_LAUNCH(permute_kernel<Piece>, dim3(blocks, parts), dim3(kPermuteWarps * kWarpSize), stream, a);
 }
 
-// In the largest pieces that rows and pointers are multiples of.
+// In the largest pieces that rows, the steps between them and pointers are multiples of.
 inline cudaError_t permute(const PermuteArguments& a, void* stream) {
   if (a.top_k <= 0 || a.top_k > kMaxCopies || a.tile_tokens <= 0) return cudaErrorInvalidValue;
   if (a.num_tokens == 0) return cudaSuccess;
-  const uintptr_t all = reinterpret_cast<uintptr_t>(a.input) | reinterpret_cast<uintptr_t>(a.rows) | a.row_bytes;
+  const uintptr_t pointers = reinterpret_cast<uintptr_t>(a.input) | reinterpret_cast<uintptr_t>(a.rows);
+  const uintptr_t all = pointers | a.input_step | a.row_bytes;
   if (all % 16 == 0) return launch_permute<uint4>(a, stream);
   if (all % 8 == 0) return launch_permute<uint64_t>(a, stream);
   if (all % 4 == 0) return launch_permute<uint32_t>(a, stream);

@@ -132,7 +132,8 @@ class MoEConfig:
             scale for 128 elements) towards the experts and bfloat16 back (DeepSeek-V3, section 3.3).
         chunks: cut the tokens of a layer into this many parts, so that messages of one run under the experts of
             another; schedules that overlap a forward with a backward hide them without it.
-        recompute: do not keep the experts' rows and the SwiGLU's result; the backward computes them again.
+        recompute: do not keep the experts' rows and the SwiGLU's result; the backward computes them again. On a GPU the
+            SwiGLU is then a kernel of its own and not the end of the first product.
     """
 
     num_experts: int = 0

@@ -8,7 +8,9 @@ from pathlib import Path
 from r1mega.config import Config, ConfigError
 from r1mega.data.demonstrations import are_demonstrations, read_examples
 from r1mega.data.index import IndexFile, cache_folder, checksum, parse_blend, read_index
+from r1mega.data.record import advice
 from r1mega.data.tokenizer import Tokenizer
+from r1mega.data.tokenizer_check import check_maker, check_tokenizer, tokenizer_of
 
 _SCAN_TOKENS = 1 << 28
 _SCAN_WINDOWS = 64
@@ -29,7 +31,7 @@ def check_data(config: Config, contents: bool = True) -> None:
     data = config.data
     if not data.train:
         raise ConfigError("data.train=[]: name at least one prefix of .bin/.idx files; see tools/prepare_data.py")
-    tokenizer = _load_tokenizer(config)
+    tokenizer = check_tokenizer(config)
     names = {"data.train": data.train, "data.valid": data.valid}
     prefixes = {name: [prefix for prefix, _ in parse_blend(blend, name)] for name, blend in names.items()}
     folder = cache_folder(prefixes["data.train"], data.cache_dir)
@@ -37,36 +39,32 @@ def check_data(config: Config, contents: bool = True) -> None:
         if are_demonstrations(blend, name):
             _check_demonstrations(config, prefixes[name], tokenizer, folder if contents else None, name)
         elif blend:
-            _check_documents(config, prefixes[name], contents, name)
+            _check_documents(config, prefixes[name], tokenizer, contents, name)
     if contents and data.checksum is not None and (found := checksum(prefixes["data.train"])) != data.checksum:
         files = ", ".join(prefixes["data.train"])
-        raise ConfigError(f"data.checksum={data.checksum}: the files of data.train ({files}) have {found}")
+        hint = next(filter(None, map(advice, prefixes["data.train"])), "")
+        raise ConfigError(f"data.checksum={data.checksum}: the files of data.train ({files}) have {found}{hint}")
     _check_cache_folder(folder)
 
 
-def _load_tokenizer(config: Config) -> Tokenizer | None:
-    if config.data.tokenizer is None:
-        return None
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    if (size := tokenizer.vocab_size) > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}: must be at least {size}, "
-            f"the size of data.tokenizer ({config.data.tokenizer})"
-        )
-    return tokenizer
-
-
-def _check_documents(config: Config, prefixes: list[str], contents: bool, name: str) -> None:
+def _check_documents(
+    config: Config, prefixes: list[str], tokenizer: Tokenizer | None, contents: bool, name: str
+) -> None:
     num_samples = 0
     for prefix in prefixes:
-        index = read_index(prefix, name)
+        try:
+            index = read_index(prefix, name)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{advice(prefix)}") from error
+        if (expected := tokenizer or tokenizer_of(config.model.checkpoint)) is not None:
+            check_maker(prefix, expected, "data.tokenizer" if tokenizer else "model.checkpoint", name)
         num_samples += (index.num_tokens - 1) // config.data.sequence_length
         if (size := index.num_tokens) <= config.data.sequence_length:
             raise ConfigError(
                 f"data.sequence_length={config.data.sequence_length}: {prefix}.bin ({name}) has only {size} tokens"
             )
         if contents:
-            _check_tokens(index, config.model.vocab_size, name)
+            _check_tokens(index, config, tokenizer, name)
     _check_epochs(config, name, num_samples)
 
 
@@ -101,17 +99,25 @@ def _check_epochs(config: Config, name: str, num_samples: int) -> None:
         )
 
 
-def _check_tokens(index: IndexFile, vocab_size: int, name: str) -> None:
+def _check_tokens(index: IndexFile, config: Config, tokenizer: Tokenizer | None, name: str) -> None:
+    """Every token id must be one of the tokenizer's, which are no more than the model's."""
+    limit = config.model.vocab_size if tokenizer is None else tokenizer.vocab_size
     tokens = index.tokens()
     window = len(tokens) if len(tokens) <= _SCAN_TOKENS else _SCAN_TOKENS // _SCAN_WINDOWS
     for start in range(0, len(tokens), max(window, len(tokens) // _SCAN_WINDOWS)):
         part = tokens[start : start + window]
         for token in (int(part.min()), int(part.max())):
-            if not 0 <= token < vocab_size:
+            if 0 <= token < limit:
+                continue
+            found = f"{index.prefix}.bin ({name}) holds token id {token}"
+            if tokenizer is None:
                 raise ConfigError(
-                    f"model.vocab_size={vocab_size}: {index.prefix}.bin ({name}) holds token id {token}; "
-                    "was it made with another tokenizer?"
+                    f"model.vocab_size={limit}: {found}; must be more, or was it made with another tokenizer?"
                 )
+            raise ConfigError(
+                f"data.tokenizer={config.data.tokenizer}: has {limit} tokens, but {found}; "
+                "name the tokenizer that it was made with"
+            )
 
 
 def _check_cache_folder(folder: Path) -> None:

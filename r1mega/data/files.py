@@ -49,7 +49,13 @@ def whole_folder(target: Path) -> Iterator[Path | None]:
 def _lock_folder(partial: Path, target: Path) -> IO[bytes] | None:
     """The open lock file of ``partial``, or None as soon as ``target`` is there."""
     while not target.exists():
-        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            # Renamed or removed between the call and pathlib's look at what is in the way; or it is a file.
+            if partial.exists() and not partial.is_dir():
+                raise
+            continue
         try:
             # Closed by the caller, which drops the lock.
             lock = open(partial / _LOCK, "ab")  # noqa: SIM115

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -15,9 +18,9 @@ from r1mega.data.corpus import Corpus
 from r1mega.data.files import whole_folder
 from r1mega.data.index import checksum
 from r1mega.data.megatron import quiet_import
-from r1mega.data.tokenizer import Tokenizer, train_tokenizer
+from r1mega.data.record import PARTS, RECORD, describe_files, find_damage, read_record
+from r1mega.data.tokenizer import Tokenizer, fingerprint, train_tokenizer
 
-_RECORD = "corpus.json"
 _TOKENIZER_TEXT = 50_000_000  # characters that a tokenizer is trained on at most; 30 s
 _SECONDS_BETWEEN_REPORTS = 2.0
 
@@ -44,6 +47,7 @@ def prepare(
     vocab_size: int = 4096,
     valid_every: int = 50,
     report: Callable[[str], None] = print,
+    rebuild_damaged: bool = False,
 ) -> Prepared:
     """Encode ``corpus`` into ``output/train.{bin,idx}`` and ``output/valid.{bin,idx}``, with end tokens.
 
@@ -58,9 +62,11 @@ def prepare(
         valid_every: one document in so many is held out for validation (a corpus of fewer documents gives the end of
             each document instead); 0 holds out none.
         report: takes lines of progress.
+        rebuild_damaged: make a folder anew in which files are missing or cut short, where it holds nothing but what
+            this function makes; for a corpus that can be had again.
 
     Raises:
-        ConfigError: an input cannot be read, or ``output`` holds something else.
+        ConfigError: an input cannot be read, or ``output`` holds something else, is damaged or cannot be written.
     """
     require(valid_every == 0 or valid_every > 1, "valid_every", valid_every, "must be 0 or more than 1")
     output = Path(output)
@@ -69,23 +75,71 @@ def prepare(
         "tokenizer": str(Path(tokenizer).resolve()) if tokenizer is not None else {"vocab_size": vocab_size},
         "valid_every": valid_every,
     }
-    with whole_folder(output) as folder:
-        if folder is not None:
-            record = {"arguments": arguments, **_fill(folder, corpus, tokenizer, vocab_size, valid_every, report)}
-            (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return _read_record(output, arguments, is_new=folder is not None)
-
-
-def _read_record(output: Path, arguments: dict, is_new: bool) -> Prepared:
+    if rebuild_damaged:
+        _clear_damaged(output, arguments, report)
     try:
-        record = json.loads((output / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"output={output}: is there already, and not made by this command; name another") from error
+        with whole_folder(output) as folder:
+            if folder is not None:
+                record = {"arguments": arguments, **_fill(folder, corpus, tokenizer, vocab_size, valid_every, report)}
+                (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except BrokenPipeError:  # of the progress, not of a file
+        raise
+    except OSError as error:
+        raise _file_error(error, output) from error
+    return _read_prepared(output, arguments, is_new=folder is not None)
+
+
+def _file_error(error: OSError, output: Path) -> ConfigError:
+    """What the file system said, as one line that names the setting; a full disk names no file."""
+    partial = output.parent / f".{output.name}.partial"
+    if error.filename is None or partial.is_relative_to(error.filename) or partial in Path(error.filename).parents:
+        return ConfigError(f"output={output}: cannot be written ({error.strerror}); name another folder")
+    return ConfigError(f"input={error.filename}: cannot be read ({error.strerror})")
+
+
+def _clear_damaged(output: Path, arguments: dict, report: Callable[[str], None]) -> None:
+    """Move away a damaged folder of these arguments; of several processes one does it."""
+    try:
+        descriptor = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return  # not there: nothing to clear; or no folder, which is found later
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not output.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(output)):
+            return  # another process has moved it away
+        damage, record = find_damage(output), read_record(output)
+        if damage is None or (record is not None and record["arguments"] != arguments) or not _is_own(output):
+            return
+        report(f"{output} is damaged ({damage}): making it again")
+        aside = output.with_name(f".{output.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(output, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _is_own(output: Path) -> bool:
+    """Whether a folder looks like one of ours: something is there that we make, and nothing else."""
+    found = {path.name for path in output.iterdir()} - {"cache"}
+    made = {f"{part}.{suffix}" for part in PARTS for suffix in ("bin", "idx")} | {RECORD, "tokenizer.model"}
+    return bool(found) and found <= made
+
+
+def _read_prepared(output: Path, arguments: dict, is_new: bool) -> Prepared:
+    record, damage = read_record(output), find_damage(output)
+    if record is None:
+        raise ConfigError(
+            f"output={output}: is there already, and is damaged or not made by this command ({damage}); "
+            "name another folder, or delete this one"
+        )
     different = [name for name, value in arguments.items() if record["arguments"].get(name) != value]
     if different:
         raise ConfigError(
             f"output={output}: was made with another {' and '.join(different)}; name another folder, or delete this one"
         )
+    if damage is not None:
+        raise ConfigError(f"output={output}: is damaged ({damage}); delete it and run the same command again")
     valid = str(output / "valid") if record["valid_tokens"] else None
     names = ("vocab_size", "checksum", "train_tokens", "valid_tokens")
     values = {name: record[name] for name in names}
@@ -122,6 +176,8 @@ def _fill(
     return {
         "tokenizer": saved.name,
         "vocab_size": loaded.vocab_size,
+        "tokenizer_fingerprint": fingerprint(loaded),
+        "files": describe_files(folder, (path.name for path in folder.iterdir() if not path.name.startswith("."))),
         "checksum": checksum([str(folder / "train")]),
         "train_tokens": counts["train"],
         "valid_tokens": counts["valid"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +19,15 @@ EOS = "<｜end▁of▁sentence｜>"
 SYMBOLS = ("\n", "<think>", "</think>", "<answer>", "</answer>", "<｜User｜>", "<｜Assistant｜>")
 _SYMBOL_AND_BYTE_TOKENS = 3 + len(SYMBOLS) + 256
 _LONGEST_PIECE = 4000  # characters; sentencepiece drops longer lines of its training text
+# Words, code, mathematics, several scripts: two vocabularies of different origin cut them differently.
+_FINGERPRINT_TEXT = """\
+The quick brown fox jumps over the lazy dog; however, training that reasoning model takes information about questions.
+Question: What is 12 + 30? Answer: 42. Let x = 3.14159 and solve for y: 2x^2 - 7y = sqrt(16), where 0 <= y < 10.
+def function(self, other, **kwargs):
+    if isinstance(other, (int, float)) and other is not None:
+        return [str(value) for value in self.values() if value == other]  # the result is an expression
+naïve café, Straße, привет мир, \u4f60\u597d\uff0c\u4e16\u754c
+"""
 
 
 class Tokenizer:
@@ -63,6 +74,15 @@ class Tokenizer:
 
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """What ``tokenizer`` does, in 64 hexadecimal digits: equal for the same vocabulary in another file format.
+
+    It is a hash of the end token and of the ids of a text, so that tokens added behind a vocabulary change nothing.
+    """
+    ids = tokenizer.encode(_FINGERPRINT_TEXT, eos=True)
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def _find_file(path: Path) -> Path:
@@ -201,8 +221,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
             minloglevel=3,
         )
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[-1]
-        raise ConfigError(f"vocab_size={vocab_size}: the text is too small for it; try less ({reason})") from error
+        # The library says it with the line of its source: "... Please set it to a value <= 281."
+        largest = re.search(r"value <= (\d+)", str(error))
+        if largest and int(largest[1]) > _SYMBOL_AND_BYTE_TOKENS:
+            what_fits = f"the text is too small for it; must be at most {largest[1]}"
+        else:
+            what_fits = "the text is too small to train a tokenizer on; give more text, or a tokenizer that is there"
+        raise ConfigError(f"vocab_size={vocab_size}: {what_fits}") from error
     Path(path).write_bytes(model.getvalue())
 
 

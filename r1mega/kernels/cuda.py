@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_cuda.so"
 KERNELS = ("route", "route_backward", "rank", "scan", "permute")
-INTERFACE = 1  # the library's functions and structures; csrc/cuda/kernels.cu has the same number
+INTERFACE = 2  # the library's functions and structures; csrc/cuda/kernels.cu has the same number
 DEVICE = "cuda"
 PLAIN = (Tensor, torch.nn.Parameter)
 TILE_TOKENS, MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 64, 384, 16, 32  # csrc/cuda/device.h has the same numbers
@@ -93,7 +93,7 @@ class _Permute(_Arguments):
     _fields_ = [
         ("input", c_void_p), ("experts", c_void_p), ("ranks", c_void_p), ("first_row", c_void_p),
         ("row_of_choice", c_void_p), ("rows", c_void_p), ("num_tokens", c_int), ("num_experts", c_int),
-        ("top_k", c_int), ("tile_tokens", c_int), ("row_bytes", c_int64),
+        ("top_k", c_int), ("tile_tokens", c_int), ("input_step", c_int64), ("row_bytes", c_int64),
     ]  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def permute(
     """Copy each token's row to ``first_row[tile, expert] + rank`` for each of its choices.
 
     Args:
-        input_TH: ``[T, H]`` of any type, dense.
+        input_TH: ``[T, H]`` of any type, a row's numbers side by side; there may be gaps between rows.
         experts_TK: ``[T, K]`` int64, dense; E marks a dropped choice.
         ranks_TK: ``[T, K]`` int64, dense; inside the tile.
         first_row_NE: ``[N, E]`` int64, dense; of tiles of 64 tokens, or of one tile with all tokens.
@@ -263,8 +263,7 @@ def permute(
     arguments = _Permute(
         input=input_TH, experts=experts_TK, ranks=ranks_TK, first_row=first_row_NE, row_of_choice=row_of_choice,
         rows=rows, num_tokens=num_tokens, num_experts=num_experts, top_k=top_k,
-        tile_tokens=TILE_TOKENS if num_tiles > 1 else max(num_tokens, 1),
-        row_bytes=input_TH.shape[1] * input_TH.element_size(),
+        tile_tokens=TILE_TOKENS if num_tiles > 1 else max(num_tokens, 1), **_row_sizes(input_TH),
     )  # fmt: skip
     _call("permute", arguments, input_TH)
     return rows, row_of_choice
@@ -276,10 +275,16 @@ def copy_rows(input_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int, padded_
     rows = _rows(input_TH, num_rows, padded_rows)
     arguments = _Permute(
         input=input_TH, row_of_choice=row_of_choice_TK, rows=rows, num_tokens=num_tokens, top_k=top_k, tile_tokens=1,
-        row_bytes=input_TH.shape[1] * input_TH.element_size(),
+        **_row_sizes(input_TH),
     )  # fmt: skip
     _call("permute", arguments, input_TH)
     return rows
+
+
+def _row_sizes(input_TH: Tensor) -> dict[str, int]:
+    """Bytes from one row of the input to the next, and of a row."""
+    size = input_TH.element_size()
+    return {"input_step": input_TH.stride(0) * size, "row_bytes": input_TH.shape[1] * size}
 
 
 def _rows(input_TH: Tensor, num_rows: int, padded_rows: bool) -> Tensor:

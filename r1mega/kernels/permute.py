@@ -58,7 +58,7 @@ def permute(
     """Copy each token and its weights to its routed rows.
 
     Args:
-        input_TH: ``[T, H]``.
+        input_TH: ``[T, H]``; there may be gaps between its rows, there are none between those of the result.
         weights_TK: ``[T, K]``.
         experts_TK: ``[T, K]`` integers; E marks a dropped choice.
         ranks_TK: ``[T, K]`` integers, of each choice among those of its tile and expert.
@@ -112,7 +112,7 @@ class _Permute(torch.autograd.Function):
     def forward(ctx, input_TH, weights_TK, experts_TK, ranks_TK, first_row_NE, row_map):
         ctx.row_map = row_map
         ctx.set_materialize_grads(False)
-        rows = _rows_of(input_TH.contiguous(), experts_TK, ranks_TK, first_row_NE, row_map)
+        rows = _rows_of(_without_gaps_in_rows(input_TH), experts_TK, ranks_TK, first_row_NE, row_map)
         return rows, _copy_weights(weights_TK, row_map)
 
     @staticmethod
@@ -132,11 +132,10 @@ def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_N
     """Copy the rows, and fill ``row_map.row_of_choice``."""
     num_tiles, num_experts = first_row_NE.shape
     if native.takes(input_TH) and num_tiles == 1:
-        out, row_bytes = _rows_for(input_TH, row_map)
+        out, *sizes = _rows_for(input_TH, row_map)
         native.call(
             "permute", None, input_TH, experts_TK, ranks_TK, first_row_NE, row_map.row_of_choice, out,
-            experts_TK.shape[0], num_experts, experts_TK.shape[1], row_map.num_rows, row_bytes,
-            native.streams(out, row_bytes),
+            experts_TK.shape[0], num_experts, experts_TK.shape[1], row_map.num_rows, *sizes,
         )  # fmt: skip
         return out
     on_gpu = None
@@ -168,10 +167,17 @@ def _copy_weights(weights_TK: Tensor, row_map: RowMap) -> Tensor:
     return weights.new_zeros(row_map.num_rows + row_map.dropped).index_copy_(0, rows, weights)[: row_map.num_rows]
 
 
-def _rows_for(input_TH: Tensor, row_map: RowMap) -> tuple[Tensor, int]:
-    width = input_TH.shape[1]
+def _rows_for(input_TH: Tensor, row_map: RowMap) -> tuple[Tensor, int, int, bool]:
+    """The rows to be filled, bytes from one row of the input to the next, bytes of a row, and whether they stream."""
+    width, size = input_TH.shape[1], input_TH.element_size()
     out = native.empty((row_map.num_rows, width), input_TH)
-    return out.zero_() if row_map.padded else out, width * input_TH.element_size()
+    streams = native.streams(out, width * size)
+    return out.zero_() if row_map.padded else out, input_TH.stride(0) * size, width * size, streams
+
+
+def _without_gaps_in_rows(input_TH: Tensor) -> Tensor:
+    """Itself where the numbers of each row lie side by side, as the kernels want them; else a copy."""
+    return input_TH if native.row_stride(input_TH) is not None else input_TH.contiguous()
 
 
 def copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
@@ -183,19 +189,19 @@ def copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
     rows = row_map.row_of_choice
     check.matrix("input_TH", input_TH)
     check.shaped("input_TH", input_TH, (rows.shape[0], input_TH.shape[1]), rows.device)
+    input_TH = _without_gaps_in_rows(input_TH)
     if native.takes(input_TH):
-        input_TH = input_TH.contiguous()
-        out, row_bytes = _rows_for(input_TH, row_map)
-        native.call("copy_rows", None, input_TH, rows, out, *rows.shape, row_bytes, native.streams(out, row_bytes))
+        out, *sizes = _rows_for(input_TH, row_map)
+        native.call("copy_rows", None, input_TH, rows, out, *rows.shape, *sizes)
         return out
     if is_fake(input_TH):
         return input_TH.new_empty(row_map.num_rows, input_TH.shape[1])
     if cuda.takes_rows(input_TH, rows):
-        return cuda.copy_rows(input_TH.contiguous(), rows.contiguous(), row_map.num_rows, row_map.padded)
+        return cuda.copy_rows(input_TH, rows.contiguous(), row_map.num_rows, row_map.padded)
     if triton.takes(input_TH):
         from r1mega.kernels.triton.combine import copy_rows as by_triton
 
-        return by_triton(input_TH.contiguous(), rows.contiguous(), row_map.num_rows, row_map.padded)
+        return by_triton(input_TH, rows.contiguous(), row_map.num_rows, row_map.padded)
     return reference_copy_rows(input_TH, row_map)
 
 
@@ -206,12 +212,15 @@ def reference_copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
     num_rows = row_map.num_rows
     if row_map.dropped:
         rows = rows.masked_fill(rows < 0, num_rows)  # one row more, where they meet
-    if row_map.padded:
-        padded = input_TH.new_zeros(num_rows + row_map.dropped, input_TH.shape[1])
-        return padded.index_copy_(0, rows, input_TH.index_select(0, tokens))[:num_rows]
-    token_of_row = tokens.new_zeros(num_rows + row_map.dropped)
+    if input_TH.shape[0] == 0:
+        return input_TH.new_zeros(num_rows, input_TH.shape[1])
+    token_of_row = tokens.new_full((num_rows + row_map.dropped,), -1 if row_map.padded else 0)
     token_of_row[rows] = tokens
-    return input_TH.index_select(0, token_of_row[:num_rows])
+    token_of_row = token_of_row[:num_rows]
+    if not row_map.padded:
+        return input_TH.index_select(0, token_of_row)
+    copied = input_TH.index_select(0, token_of_row.clamp(min=0))
+    return copied.index_fill_(0, (token_of_row < 0).nonzero().flatten(), 0)
 
 
 def _sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:

@@ -48,11 +48,13 @@ def export(run: str | Path, out: str | Path) -> int:
     from r1mega.settings import parse_config
     from r1mega.train.checkpoint import CONFIG_FILE as RUN_CONFIG_FILE
     from r1mega.train.checkpoint import check, newest_checkpoint, read_tensors
+    from r1mega.train.checkpoint_files import read_settings
 
     run, out = Path(run), Path(out)
     checkpoint = newest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise ConfigError(f"RUN={run}: holds no complete checkpoint")
+    read_settings(checkpoint)  # where it is gone, the checkpoint is cut short, and no setting of the user's is wrong
     config = parse_config(["--config", str(checkpoint / RUN_CONFIG_FILE)])
     check(checkpoint, config)
     _check_out(out)

@@ -5,9 +5,10 @@ That rank copies it to the rows of its experts, sums their results, and sends on
 
     T tokens -> S rows sent -> N rows received -> R rows of experts -> N sums -> S sums that come back -> T tokens
 
-Neither side moves a row twice: its place is computed from counts. The counts of all ranks are exchanged once, which is
-where the host waits, on a GPU too: an all-to-all wants numbers of rows on the host. Where nothing leaves the rank there
-is one copy and one sum, no message and no waiting.
+Each side copies rows once, into the message (from tokens packed with their weights and experts) and out of it into the
+rows of the experts; their places are computed from counts. The counts of all ranks are exchanged once, and the host
+waits for them when the message is ready, on a GPU too: an all-to-all wants numbers of rows on the host. Where nothing
+leaves the rank there is one copy and one sum, no message and no waiting.
 
 Group-limited routing limits nodes: where ranks of a node stand side by side in ``ep`` and the experts of a group lie on
 one node, a token goes to at most ``top_k_groups`` nodes.

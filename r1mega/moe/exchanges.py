@@ -112,21 +112,36 @@ class Plan:
         return Splits(each, each, [sum(each)] * num_etp, of_experts, on_device)
 
     def leave(self, message_TW: Tensor) -> Tensor:
-        """One row for each token and rank that it goes to: ``[T, W] -> [S, W]``."""
+        """One row for each token and rank that it goes to: ``[T, W] -> [S, W]``.
+
+        The first time the host reads the counts here, after the copy, which runs while they travel.
+        """
         if self.ranks.ep.size() == 1:
             return message_TW
         if self.token_map is None:
-            sent, padded = self.splits.sent, self.capacity is not None
-            rows = torch.full_like(self.rows_of_rank, sent[0]) if padded else self.rows_of_rank
-            first_row = torch.cat([rows.new_zeros(1), rows.cumsum(0)])  # the last one is of no rank
-            places = first_row[self._destinations].add_(self._ranks)
-            places.masked_fill_(self._destinations == len(sent), -1)
-            self.token_map = RowMap(places, sum(sent), True, padded)
-            del self._destinations, self._ranks
-        return copy_rows(message_TW, self.token_map)
+            self.token_map = self._place_tokens()
+        message_SW, self.token_map.num_rows = copy_rows(message_TW, self.token_map), sum(self.splits.sent)
+        return message_SW[: self.token_map.num_rows]
+
+    def _place_tokens(self) -> RowMap:
+        """Where the tokens stand in the message. Its number of rows is S at least: a GPU would be waited for."""
+        (num_tokens, top_k), num_ranks = self._destinations.shape, self.ranks.ep.size()
+        padded, rows, num_rows = self.capacity is not None, self.rows_of_rank, num_tokens * min(top_k, num_ranks)
+        if padded:
+            rows, num_rows = torch.full_like(rows, self.splits.sent[0]), sum(self.splits.sent)
+        first_row = torch.cat([rows.new_zeros(1), rows.cumsum(0)])  # the last one is of no rank
+        places = first_row[self._destinations].add_(self._ranks).masked_fill_(self._destinations == num_ranks, -1)
+        del self._destinations, self._ranks
+        return RowMap(places, num_rows, True, padded)
 
     def arrive(self, message_NW: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and weights of the local experts: ``[R, H]``, a view with gaps between its rows, and ``[R]``."""
+        """Rows and weights of the local experts, ``[R, H]`` and ``[R]``, both dense.
+
+        A token came once, although several experts of this rank may want it. No order of sending puts one row into
+        several places, so one copy on this side has to, and that copy *is* the placement by expert: it reads the rows
+        out of the message, where weights and experts stand between them, and writes them where they belong, without
+        gaps. Nothing moves them again before the experts. (What a narrower wire brought is decoded before, N rows.)
+        """
         source, weights_NK, experts_NK = self.format.unpack(message_NW)
         local_NK = self.ranks.local_ids(experts_NK)
         capacity = None if self.capacity is None else self.capacity * self.ranks.num_sources
@@ -137,12 +152,12 @@ class Plan:
         )
         if self.keep_source:
             self.source = source
-        return rows[:, : self.format.width], weights_R
+        return rows, weights_R
 
     def rows_again(self) -> Tensor:
         """The rows that :meth:`arrive` gave."""
         assert self.source is not None and self.expert_map is not None
-        return copy_rows(self.source, self.expert_map)[:, : self.format.width]
+        return copy_rows(self.source, self.expert_map)
 
     def sum_of_token(self, rows_SH: Tensor) -> Tensor:
         """``[S, H] -> [T, H]``"""

@@ -59,6 +59,7 @@ class Experts(nn.Module):
             counts: rows of each local expert; on a GPU, a tensor will do.
             rows_again: makes ``rows_RH`` anew. With it, the backward computes the rows and the SwiGLU again: kept are
                 gate and up ``[R, 2 F]`` and the weights, not the rows ``[R, H]`` and the SwiGLU's result ``[R, F]``.
+                The price on a GPU is a pass over gate and up, which the fused kernel saves.
 
         Returns:
             ``[R, H]``.
@@ -67,6 +68,8 @@ class Experts(nn.Module):
         if rows_again is None:
             hidden_RF = grouped_swiglu(rows_RH, self.gate_up_proj, weights_R, counts, store)
             return grouped_linear(hidden_RF, self.down_proj, counts, store)
+        # Not the fused kernel: its SwiGLU sees gate and up before they are rounded, so a backward that starts from the
+        # kept ones would get another result than the one that the forward went on with.
         with _made_again(rows_RH, rows_again):
             gate_up_RF = grouped_linear(rows_RH, self.gate_up_proj, counts, store)
         hidden_RF = weighted_swiglu(gate_up_RF, weights_R)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 BLOCK = 128  # elements that share a scale
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-ALIGNMENT = 16  # bytes; grouped products on a GPU want rows that begin there
+ALIGNMENT = 16  # bytes, the largest pieces that rows are copied in, where all of them begin there
 ID = torch.int32
 
 
@@ -82,13 +82,13 @@ class RowFormat:
     def unpack(self, message_NW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, weights ``[N, K]`` and experts counted from 1 ``[N, K]``.
 
-        The rows are the first H columns of what is returned: cutting them off would copy them.
+        On the wire ``model`` the rows are a view into the message, with gaps between them.
         """
         packed = message_NW.view(torch.uint8)
         rows_end = encoded_bytes(self.width, self.dtype, self.wire)
         weights_end = rows_end + self.top_k * self.weight_dtype.itemsize
         if self.wire == "model":
-            rows = message_NW.view(self.dtype)
+            rows = message_NW.view(self.dtype)[:, : self.width]
         else:
             rows = decode(packed[:, :rows_end], self.width, self.dtype, self.wire)
         weights = _typed(packed[:, rows_end:weights_end], self.weight_dtype)
@@ -142,8 +142,11 @@ def _bytes(rows: Tensor) -> Tensor:
 
 
 def _typed(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    # a copy also where the columns are dense already: they may begin at an address that the type cannot have
-    return packed.clone(memory_format=torch.contiguous_format).view(dtype)
+    """Bytes as numbers; a copy only where some would begin at an address that the type cannot have."""
+    places = (packed.storage_offset(), *packed.stride()[:-1], packed.shape[-1])
+    if packed.stride(-1) != 1 or any(place % dtype.itemsize for place in places):
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    return packed.view(dtype)
 
 
 def _to_float8(rows_TH: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -75,6 +76,9 @@ class PipelineError(RuntimeError):
 class PipelineExecutor:
     """Runs a table on this rank, again and again.
 
+    Making one is a collective call of the pipeline's ranks: those that make several make them in the same order. After
+    a run that failed, on any rank, make new ones.
+
     Args:
         table: the schedule; checked here.
         stages: the stages of this rank by number. A stage is called ``stage(activations, microbatch)`` with a tuple of
@@ -116,8 +120,7 @@ class PipelineExecutor:
         self._reduce_gradients, self._optimizer_step = reduce_gradients, optimizer_step
         self._programs = {only: programs(table, forward_only=only)[self.rank] for only in (False, True)}
         if transport is None and group is not None and num_ranks > 1:
-            parameter = next((p for stage in stages.values() for p in stage.parameters()), None)
-            transport = make_transport(group, torch.device("cpu") if parameter is None else parameter.device)
+            transport = make_transport(group, _device_of(stages.values(), group), table)
         self._transport = transport
         self._local: dict[Message, tuple[Tensor, ...]] = {}
         self._recomputed = {action[1:] for action in table.actions(self.rank) if action.kind is Kind.C}
@@ -183,8 +186,12 @@ class PipelineExecutor:
             at = "the end of the schedule"
             if self._transport is not None:
                 self._transport.finish()
-        except PeerError as error:
-            raise PipelineError(f"pipeline rank {self.rank}, action {at}: {error}") from error
+        except BaseException as error:
+            if self._transport is not None:
+                self._transport.give_up()
+            if isinstance(error, PeerError):
+                raise PipelineError(f"pipeline rank {self.rank}, action {at}: {error}") from error
+            raise
 
     def _run_one(self, step: Step, microbatches: Sequence[Any], metrics: dict[str, Tensor]) -> None:
         # in a function of its own, so that what was given is not held while the next action runs
@@ -287,13 +294,22 @@ class PipelineExecutor:
             self._transport.send(message, tensors)
 
 
-def make_transport(group: dist.ProcessGroup, device: torch.device) -> Transport:
+def make_transport(group: dist.ProcessGroup, device: torch.device, table: Table | None = None) -> Transport:
     """Shared memory between ranks of one machine whose tensors are on the CPU, else the process group's messages.
 
-    A collective call.
+    A collective call. Raises ValueError where ``table`` is not the same on all ranks (as far as they compare).
     """
-    shared = connect(group) if device.type == "cpu" else None
+    shared = connect(group, "" if table is None else table.to_csv()) if device.type == "cpu" else None
     return ProcessGroupTransport(group, device) if shared is None else shared
+
+
+def _device_of(stages: Iterable[nn.Module], group: dist.ProcessGroup) -> torch.device:
+    """Where the stages are; without parameters and buffers, where those of other ranks must be."""
+    for stage in stages:
+        for tensor in chain(stage.parameters(), stage.buffers()):
+            return tensor.device
+    on_gpus = "nccl" in dist.get_backend_config(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
 
 
 def _finish(act: Act) -> tuple[Tensor, ...]:

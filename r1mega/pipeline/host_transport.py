@@ -7,11 +7,13 @@ there is :mod:`r1mega.pipeline.transport`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import struct
 import uuid
 from collections import deque
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -44,8 +46,11 @@ class HostTransport:
         self.rank, self.num_ranks, self._links = rank, num_ranks, links
         self._expected: dict[int, deque[Message]] = {}
         self._arrived: dict[Message, tuple[Tensor, ...]] = {}
+        self._gave_up = False
 
     def start(self, program: Program) -> None:
+        if self._gave_up:
+            raise RuntimeError("an earlier run of this pipeline failed here: make a new executor on all of its ranks")
         self._expected = {source: deque(messages) for source, messages in program.incoming.items()}
         self._arrived.clear()
 
@@ -53,7 +58,7 @@ class HostTransport:
         header = header_bytes(tuple(map(Spec.of, tensors)))
         try:
             self._links[message.destination].send(_name(message), header, [_dense(tensor) for tensor in tensors])
-        except ConnectionError as error:
+        except OSError as error:
             raise PeerError(message.destination, f"could not send {message} to", error) from error
 
     def receive(self, message: Message, acknowledged: int) -> tuple[Tensor, ...]:
@@ -62,14 +67,23 @@ class HostTransport:
             first = self._expected[peer].popleft()
             try:
                 name, self._arrived[first] = self._links[peer].receive(_empty)
-            except (ConnectionError, TimeoutError) as error:
+            except OSError as error:
                 raise PeerError(peer, f"waited for {first} from", error) from error
             if name != _name(first):
                 raise PeerError(peer, f"waited for {first} from", RuntimeError("it sent another message"))
         return self._arrived.pop(message)
 
     def finish(self) -> None:
-        """Nothing waits: what was sent lies in memory that the receiver has."""
+        for peer, link in self._links.items():
+            try:
+                link.wait_until_taken()
+            except OSError as error:
+                raise PeerError(peer, "waited until all messages were taken by", error) from error
+
+    def give_up(self) -> None:
+        self._gave_up = True
+        for link in self._links.values():
+            link.end()
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -91,20 +105,35 @@ def _name(message: Message) -> int:
     return (message.microbatch * (1 << 20) + message.stage) * 2 + (message.kind is Kind.F)
 
 
-def connect(group: dist.ProcessGroup) -> HostTransport | None:
+def connect(group: dist.ProcessGroup, schedule: str = "") -> HostTransport | None:
     """A transport over ``group``; None, on every rank, where its ranks cannot all reach each other's memory.
 
     A collective call. Connections are taken from ranks of the group alone: names are drawn at random and travel through
-    the group, and the kernel says whose processes the callers are.
+    the group, and the kernel says whose processes the other ends are.
+
+    Args:
+        group: the ranks of the pipeline, in order.
+        schedule: what they will run.
+
+    Raises:
+        ValueError: it is not the same on all ranks.
     """
     rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
     mine = uuid.uuid4().bytes
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        if SUPPORTED:
+        machine = _machine()
+        try:
             listener.bind(_address(mine))
             listener.listen(num_ranks)
-        machines, names = _everyones(_machine() + mine, group)
-        if not SUPPORTED or len(set(machines)) > 1:
+        except OSError:
+            machine = mine  # nobody's: nobody will call
+        of_schedule = hashlib.blake2b(schedule.encode(), digest_size=16).digest()
+        machines, names, schedules = _everyones((machine, mine, of_schedule), group)
+        if len(set(schedules)) > 1:
+            raise ValueError(
+                "the ranks of this pipeline make executors of different schedules: make them in the same order on all"
+            )
+        if len(set(machines)) > 1:
             return None
         # callers wait in the listener's queue, so that all may call before any accepts
         called = [_call(_address(names[peer]), GREETING.pack(rank, mine)) for peer in range(rank)]
@@ -131,38 +160,48 @@ def _address(name: bytes) -> str:
 
 
 def _machine() -> bytes:
-    """16 bytes that tell this boot of this machine from all others."""
-    if not SUPPORTED:
-        return bytes(16)
-    return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+    """16 bytes that tell this boot of this machine from all others; a number of nobody's where memory is not shared."""
+    with suppress(OSError, ValueError):
+        if SUPPORTED:
+            os.close(os.memfd_create("r1mega", os.MFD_CLOEXEC))
+            return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+    return uuid.uuid4().bytes
 
 
-def _everyones(mine: bytes, group: dist.ProcessGroup) -> tuple[list[bytes], list[bytes]]:
-    """The first and the second 16 bytes of every rank."""
-    rows = all_gather(torch.tensor([list(mine)], dtype=torch.uint8), group).tolist()
-    return [bytes(row[:16]) for row in rows], [bytes(row[16:]) for row in rows]
+def _everyones(mine: tuple[bytes, ...], group: dist.ProcessGroup) -> list[list[bytes]]:
+    """For each of these 16 bytes, those of every rank."""
+    rows = all_gather(torch.tensor([list(b"".join(mine))], dtype=torch.uint8), group).tolist()
+    return [[bytes(row[start : start + 16]) for row in rows] for start in range(0, 16 * len(mine), 16)]
 
 
 def _call(address: str, greeting: bytes) -> socket.socket | None:
+    """A connection; None where there is none to be had: in another container, or to another user's process."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+    with suppress(OSError):
         connection.connect(address)
-        connection.sendall(greeting)
-    except OSError:  # in another container, for example
-        connection.close()
-        return None
-    return connection
+        if _is_ours(connection):
+            connection.sendall(greeting)
+            return connection
+    connection.close()
+    return None
 
 
 def _caller(connection: socket.socket, names: list[bytes]) -> int | None:
     """The rank that called; None for a process that is none."""
-    given = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+    if not _is_ours(connection):
+        return None
     connection.settimeout(SECONDS_TO_CONNECT)
     greeting = connection.recv(GREETING.size, socket.MSG_WAITALL)
-    if CREDENTIALS.unpack(given)[1] != os.getuid() or len(greeting) != GREETING.size:
+    if len(greeting) != GREETING.size:
         return None
     rank, name = GREETING.unpack(greeting)
     return rank if 0 <= rank < len(names) and names[rank] == name else None
+
+
+def _is_ours(connection: socket.socket) -> bool:
+    """Whether the process at the other end is of the same user."""
+    given = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+    return CREDENTIALS.unpack(given)[1] == os.getuid()
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta:

@@ -2,9 +2,9 @@
 
 Each direction of a :class:`Link` is a ring of bytes that its sender makes (``memfd_create``; nothing to clean up, even
 after a crash) and grows when a message does not fit, and a page with two counters, of messages that were sent and of
-those that were taken, and where the messages lie. The sender copies a message into the ring and never waits; the
-receiver copies it out. A Unix socket carries the descriptors of the memory, a byte after each message for a receiver
-that sleeps, and the end of the connection when the other process dies.
+those that were taken, and where the messages lie. The sender copies a message into the ring, and waits only where the
+ring is as large as it may be and full; the receiver copies it out. A Unix socket carries the descriptors of the memory,
+a byte after each message for a receiver that sleeps, and the end of the connection when the other process dies.
 
 Processors of x86 make stores visible in the order of the program, so that a counter is never ahead of what it counts.
 Others do not: :data:`SUPPORTED` is false there.
@@ -19,6 +19,7 @@ import platform
 import socket
 import struct
 import sys
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,12 +28,15 @@ from contextlib import suppress
 from torch import Tensor
 
 SUPPORTED = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
-SMALLEST_RING = 1 << 20
+SMALLEST_RING, LARGEST_RING = 1 << 20, 1 << 26  # bytes; a larger message has a ring of twice its size
 ALIGNMENT = 64
 NUM_RECORDS = 4096  # messages under way in one direction, at most
+SHORTEST_PAUSE, LONGEST_PAUSE, SECONDS_BETWEEN_CALLS = 2e-5, 5e-4, 0.05  # of a sender that waits
 RECORD = struct.Struct("=4q")  # of a message: name, number of the ring, place in it, length of its header
-GONE = "it closed the connection, or died"
-SENT, TAKEN, FIRST_RECORD = 0, 8, 16  # words of the page of a direction; counters have cache lines of their own
+GONE, GAVE_UP = "it closed the connection, or died", "its run failed"
+NO_DESCRIPTOR = "its memory could not be opened here: too many open files?"
+# words of the page of a direction; what sender and receiver write has cache lines of its own
+SENT, ENDED, TAKEN, FIRST_RECORD = 0, 1, 8, 16
 
 
 class Link:
@@ -58,7 +62,7 @@ class Link:
         self._descriptors: list[int] = []  # of the other side's memory
 
     def send(self, name: int, header: bytes, tensors: Sequence[Tensor]) -> None:
-        """Send a message without waiting for anybody.
+        """Send a message; waits only where there is no room for it.
 
         Args:
             name: what :meth:`receive` returns of it.
@@ -67,11 +71,44 @@ class Link:
 
         Raises:
             ConnectionError: the other process is gone.
+            TimeoutError: it did not make room.
+            OSError: there is no memory, or no descriptor for it.
         """
+        num_bytes = len(header) + sum(tensor.nbytes for tensor in tensors)
+        if not self._out.make_room(num_bytes):
+            self._look_until(lambda: self._out.make_room(num_bytes))
         self._out.put(name, header, tensors)
+        self._call()
+
+    def wait_until_taken(self) -> None:
+        """Wait until the other side has taken all messages. Raises as :meth:`send` does."""
+        if not self._out.is_empty():
+            self._look_until(self._out.is_empty)
+
+    def end(self) -> None:
+        """Let the other side get an error, instead of what it has not taken yet and of what it waits for."""
+        self._out.end()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _call(self) -> None:
         # where the socket is full, the receiver has bytes to wake up by
         with suppress(BlockingIOError):
             self._socket.send(b"\0", socket.MSG_DONTWAIT)
+
+    def _look_until(self, done: Callable[[], bool]) -> None:
+        """Look again and again, ever more seldom: a receiver says nothing when it takes a message."""
+        pause, start = SHORTEST_PAUSE, time.monotonic()
+        next_call = start + SECONDS_BETWEEN_CALLS
+        while not done():
+            now = time.monotonic()
+            if now > start + self._timeout:
+                raise TimeoutError(f"timed out after {self._timeout:g} s")
+            if now > next_call:
+                self._call()  # an error, if it is gone
+                next_call = now + SECONDS_BETWEEN_CALLS
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def receive(self, make: Callable[[bytes], tuple[Tensor, ...]]) -> tuple[int, tuple[Tensor, ...]]:
         """Wait for the next message.
@@ -83,17 +120,20 @@ class Link:
             Its name, and those tensors.
 
         Raises:
-            ConnectionError: the other process is gone and no message of it is left.
+            ConnectionError: the other process is gone and no message of it is left, or it has called :meth:`end`.
             TimeoutError: nothing came.
+            OSError: there is no descriptor for its memory.
         """
         if self._in is None:
-            self._hear()
+            said = self._hear()
             if len(self._descriptors) < 2:
-                raise ConnectionError(GONE)
+                raise ConnectionError(NO_DESCRIPTOR if said else GONE)
             self._in = _Inbox(*self._descriptors)
         while not self._in.has_message():
             if not self._hear() and not self._in.has_message():  # the last one may have come with the end
-                raise ConnectionError(GONE)
+                raise ConnectionError(GAVE_UP if self._in.has_ended() else GONE)
+        if self._in.has_ended():
+            raise ConnectionError(GAVE_UP)
         return self._in.take(make)
 
     def _hear(self) -> bytes:
@@ -168,49 +208,64 @@ class _Outbox:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         return cls(page, ours), descriptor, theirs.detach()
 
+    def is_empty(self) -> bool:
+        return self._page.words[SENT] == self._page.words[TAKEN]
+
+    def end(self) -> None:
+        self._page.words[ENDED] = 1
+
     def put(self, name: int, header: bytes, tensors: Sequence[Tensor]) -> None:
-        words = self._page.words
-        number, taken = words[SENT], words[TAKEN]
-        if number - taken >= NUM_RECORDS:
-            raise ConnectionError(f"{NUM_RECORDS} messages wait to be taken")
-        sizes = [tensor.nbytes for tensor in tensors]
-        num_bytes = len(header) + sum(sizes)
-        place = self._place(num_bytes, taken)
+        """Send what :meth:`make_room` made room for."""
+        number, place = self._page.words[SENT], self._next
         assert self._ring.bytes is not None
         end = place + len(header)
         self._ring.bytes[place:end] = header
-        for tensor, size in zip(tensors, sizes, strict=True):
-            ctypes.memmove(self._ring.address + end, tensor.data_ptr(), size)
-            end += size
+        for tensor in tensors:
+            ctypes.memmove(self._ring.address + end, tensor.data_ptr(), tensor.nbytes)
+            end += tensor.nbytes
         self._under_way.append((number, place))
         self._next = -(-end // ALIGNMENT) * ALIGNMENT
         RECORD.pack_into(self._page.bytes, _Page.place(number), name, self._number_of_ring, place, len(header))
-        words[SENT] = number + 1
+        self._page.words[SENT] = number + 1
 
-    def _place(self, num_bytes: int, taken: int) -> int:
-        """Where there is room for so many bytes."""
+    def make_room(self, num_bytes: int) -> bool:
+        """Let the next message begin where there is room for so many bytes; False where there is none yet."""
+        taken = self._page.words[TAKEN]
+        if self._page.words[SENT] - taken >= NUM_RECORDS:
+            return False
+        place = self._place(num_bytes, taken)
+        if place is None:
+            if self._ring.size >= max(LARGEST_RING, num_bytes):
+                return False
+            self._grow(num_bytes)
+            place = 0
+        self._next = place
+        return True
+
+    def _place(self, num_bytes: int, taken: int) -> int | None:
+        """Where in the ring there is room."""
         under_way, size = self._under_way, self._ring.size
         while under_way and under_way[0][0] < taken:
             under_way.popleft()
         if not under_way:
-            if num_bytes <= size:
-                return 0  # where the cache is warm
-        else:
-            oldest = under_way[0][1]
-            # messages lie from the oldest to `next`, or from there over the end of the ring
-            free_to = size if self._next > oldest else oldest
-            if self._next + num_bytes <= free_to:
-                return self._next
-            if free_to == size and num_bytes <= oldest:
-                return 0
+            return 0 if num_bytes <= size else None  # where the cache is warm
+        oldest = under_way[0][1]
+        # messages lie from the oldest to `next`, or from there over the end of the ring
+        free_to = size if self._next > oldest else oldest
+        if self._next + num_bytes <= free_to:
+            return self._next
+        return 0 if free_to == size and num_bytes <= oldest else None
+
+    def _grow(self, num_bytes: int) -> None:
         # messages in the old ring stay there: the receiver has it until it takes one of the new ring
-        memory, descriptor = _new(max(SMALLEST_RING, 2 * size, 2 * num_bytes))
-        socket.send_fds(self._rings, [b"\0"], [descriptor])
-        os.close(descriptor)
+        memory, descriptor = _new(max(SMALLEST_RING, min(2 * self._ring.size, LARGEST_RING), 2 * num_bytes))
+        try:
+            socket.send_fds(self._rings, [b"\0"], [descriptor])
+        finally:
+            os.close(descriptor)
         self._ring = _Ring(memory)
         self._number_of_ring += 1
-        under_way.clear()
-        return 0
+        self._under_way.clear()
 
 
 class _Inbox:
@@ -224,12 +279,17 @@ class _Inbox:
     def has_message(self) -> bool:
         return self._page.words[SENT] > self._page.words[TAKEN]
 
+    def has_ended(self) -> bool:
+        return bool(self._page.words[ENDED])
+
     def take(self, make: Callable[[bytes], tuple[Tensor, ...]]) -> tuple[int, tuple[Tensor, ...]]:
         taken = self._page.words[TAKEN]
         name, ring, place, header_bytes = RECORD.unpack_from(self._page.bytes, _Page.place(taken))
         while self._number_of_ring < ring:  # it was sent before the record was written
-            _, (descriptor,), _, _ = socket.recv_fds(self._rings, 1, 1, socket.MSG_CMSG_CLOEXEC)
-            self._ring = _Ring(_map(descriptor))
+            _, descriptors, _, _ = socket.recv_fds(self._rings, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            if not descriptors:
+                raise ConnectionError(NO_DESCRIPTOR)
+            self._ring = _Ring(_map(descriptors[0]))
             self._number_of_ring += 1
         assert self._ring.bytes is not None
         end = place + header_bytes

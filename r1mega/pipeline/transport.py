@@ -61,6 +61,9 @@ class Transport(Protocol):
     def finish(self) -> None:
         """Wait until all that was sent has been received."""
 
+    def give_up(self) -> None:
+        """A run failed on this rank: others should neither use what it sent nor wait for more, if they can be told."""
+
 
 class _Channel:
     """Messages from one rank, in the order in which they come; the receive of the next one is under way early."""
@@ -130,6 +133,9 @@ class ProcessGroupTransport:
     def finish(self) -> None:
         for peer, num_sent in self._num_sent.items():
             self._release(peer, num_sent)
+
+    def give_up(self) -> None:
+        """Peers of a process group are told nothing: they wait until its timeout."""
 
     def _release(self, peer: int, acknowledged: int) -> None:
         """Wait for, and let go, the first ``acknowledged`` messages of this run to ``peer``."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from r1mega.config import Config, ConfigError, require
 from r1mega.data.tokenizer import Tokenizer
+from r1mega.data.tokenizer_check import check_tokenizer
 from r1mega.kernels import native
 from r1mega.model.huggingface import resolve_model_config
 from r1mega.parallel_state import Layout, ParallelState
@@ -105,9 +106,8 @@ def _check_files(config: Config) -> None:
         raise ConfigError('rl.prompts=null: name a JSONL file of {"prompt": ..., "reference": ...}')
     if config.data.tokenizer is None:
         raise ConfigError("data.tokenizer=null: name a tokenizer, or a model.checkpoint that has one")
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    what_fits = f"must be at least {tokenizer.vocab_size}, the size of data.tokenizer ({config.data.tokenizer})"
-    require(tokenizer.vocab_size <= config.model.vocab_size, "model.vocab_size", config.model.vocab_size, what_fits)
+    tokenizer = check_tokenizer(config)
+    assert tokenizer is not None
     options = reward_options(config)
     with with_names_of_settings():
         check_rewards(options)

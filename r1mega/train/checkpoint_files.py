@@ -100,18 +100,22 @@ def read_progress(path: Path) -> Progress:
     return progress
 
 
-# Settings of which a run cannot have two: they decide the shapes, the loss, or which samples a step sees.
+# Settings of which a run cannot have two: they decide the shapes, the loss, or which samples a step sees. The data are
+# compared by what they hold (r1mega.data.identity), because files may move.
 FIXED_SETTINGS = (
     "model", "data.sequence_length", "train.seed", "train.global_batch_size",
     "rl.prompts", "rl.template", "rl.group_size", "rl.minibatches",
 )  # fmt: skip
+DATA_SETTINGS = ("data.train", "data.tokenizer")
 FREE_SETTINGS = ("model.checkpoint",)
 # RL derives it from the longest prompt and completion, which may grow, and from parallel.tp.
 FREE_IN_RL = ("data.sequence_length",)
 
 
-def first_difference(there: dict, here: dict) -> tuple[str, object, object] | None:
-    """The first fixed setting that differs: its dotted name and both values.
+def first_difference(
+    there: dict, here: dict, settings: tuple[str, ...] = FIXED_SETTINGS
+) -> tuple[str, object, object] | None:
+    """The first of ``settings`` that differs: its dotted name and both values.
 
     A setting that is in one of the two only is younger, or older, than the checkpoint and tells no difference.
     """
@@ -120,7 +124,7 @@ def first_difference(there: dict, here: dict) -> tuple[str, object, object] | No
     if flat_here.get("rl.prompts") is not None and flat_there.get("rl.prompts") is not None:
         free += FREE_IN_RL
     for name in (name for name in flat_here if name in flat_there):
-        fixed = any(name == setting or name.startswith(f"{setting}.") for setting in FIXED_SETTINGS)
+        fixed = any(name == setting or name.startswith(f"{setting}.") for setting in settings)
         if fixed and name not in free and flat_there[name] != flat_here[name]:
             return name, flat_there[name], flat_here[name]
     return None

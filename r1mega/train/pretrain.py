@@ -46,10 +46,12 @@ def check_settings(config: Config) -> Config:
 def run(config: Config, state: ParallelState, checkpoint: Path | None) -> None:
     """Train to the last step, then report. A collective call."""
     folder = Path(config.train.output_dir)
+    printer = ProgressPrinter(config.train.num_steps)
+    if state.rank == 0:
+        printer.message("r1mega: building the model, ordering the data")
     trainer = Trainer(config, state, checkpoint)
     if state.rank == 0:
         writer = MetricsWriter(folder, trainer.progress.step)
-        printer = ProgressPrinter(config.train.num_steps)
         _announce(trainer, printer)
     while trainer.progress.step < config.train.num_steps:
         metrics = trainer.step()
@@ -62,6 +64,8 @@ def run(config: Config, state: ParallelState, checkpoint: Path | None) -> None:
             if state.rank == 0:
                 writer.sync()
             trainer.save()
+    if state.rank == 0:
+        printer.message("r1mega: writing the last checkpoint" + ", sampling a text" * _samples(trainer))
     trainer.close()
     text = _sample(trainer)
     loads = _gather_loads(trainer)
@@ -84,14 +88,19 @@ def _announce(trainer: Trainer, printer: ProgressPrinter) -> None:
     config, state = trainer.config, trainer.state
     sizes = " ".join(f"{name}={state.size(name)}" for name in ("dp", "tp", "pp", "ep", "etp"))
     begun = f", going on after step {trainer.progress.step}" if trainer.progress.step else ""
+    steps = f"{config.train.num_steps} step{'s' * (config.train.num_steps > 1)}"
     printer.message(
         f"r1mega: {state.layout.world_size} process{'es' * (state.layout.world_size > 1)} ({sizes}) on "
-        f"{state.device.type}, {config.train.dtype}, {config.train.num_steps} steps to {config.train.output_dir}{begun}"
+        f"{state.device.type}, {config.train.dtype}, {steps} to {config.train.output_dir}{begun}"
     )
     if native.library is None and state.device.type == "cpu":
         printer.message(f"r1mega: PyTorch's operations instead of C++ kernels: {native.reason}")
     if cuda.library is None and state.device.type == "cuda":
         printer.message(f"r1mega: Triton's or PyTorch's routing instead of CUDA kernels: {cuda.reason}")
+
+
+def _samples(trainer: Trainer) -> bool:
+    return trainer.config.train.sample_prompt is not None and trainer.tokenizer is not None
 
 
 def _sample(trainer: Trainer) -> str | None:

@@ -7,10 +7,11 @@ import re
 import socket
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from r1mega.stopping import died, is_alive
 
 # A live rank answers within seconds; this bounds the wait for one that hangs.
 TIMEOUT = timedelta(minutes=10)
@@ -57,28 +58,16 @@ class Peers:
         lost = LOST_PEER.search(str(error)) is not None
         deadline = time.monotonic() + (SECONDS_TO_DIE if lost else 0.0)
         # A process that ends closes its connections a moment before it is seen to have ended.
-        while not (dead := self._dead()) and time.monotonic() < deadline:
+        while not (dead := self.dead()) and time.monotonic() < deadline:
             time.sleep(0.01)
         if dead:
-            names = ", ".join(f"rank {rank} (process {self._everyone[rank][1]})" for rank in dead)
-            return f"{names} died"
+            return died(dead)
         return f"another rank was lost: {_one_line(error)}" if lost else None
 
-    def _dead(self) -> list[int]:
-        """The ranks on this machine whose process has ended."""
-        return [rank for rank, (host, pid) in enumerate(self._everyone) if host == self._host and not _is_alive(pid)]
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether process ``pid`` runs; one that has ended but is not yet reaped by its parent does not."""
-    try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return state not in ("Z", "X")
+    def dead(self) -> dict[int, int]:
+        """The ranks on this machine whose process has ended, with its id."""
+        mine = ((rank, pid) for rank, (host, pid) in enumerate(self._everyone) if host == self._host)
+        return {rank: pid for rank, pid in mine if not is_alive(pid)}
 
 
 def _one_line(error: BaseException) -> str:

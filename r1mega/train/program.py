@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from r1mega.config import Config
 from r1mega.parallel_state import Layout, ParallelState
 from r1mega.settings import is_first_rank
+from r1mega.stopping import say, wait_for_torchrun
 from r1mega.train.checkpoint import CheckpointError
 from r1mega.train.learner import TrainingError
 from r1mega.train.process_group import Peers, start_process_group
@@ -53,7 +53,7 @@ def _start(config: Config, checkpoint: Path | None, run: Run) -> int:
     except (CheckpointError, TrainingError) as error:
         status = 1
         if state.rank == 0:
-            print(f"r1mega: error: {error}", file=sys.stderr, flush=True)
+            say(str(error))
         # torchrun kills the job when the first process ends, which must not be before rank 0 has spoken.
         dist.barrier()
     except (OSError, RuntimeError) as error:
@@ -61,7 +61,10 @@ def _start(config: Config, checkpoint: Path | None, run: Run) -> int:
         cause = _file_error(error) if isinstance(error, OSError) else peers.explain(error)
         if cause is None:
             raise
-        print(f"r1mega: error: rank {dist.get_rank()} stops: {cause}", file=sys.stderr, flush=True)
+        is_lost_peer = not isinstance(error, OSError)
+        say(f"rank {dist.get_rank()} stops: {cause}", known_to_launcher=is_lost_peer and bool(peers.dead()))
+        if is_lost_peer:
+            wait_for_torchrun()
         # Threads that wait for the lost peer would keep an ordinary exit waiting.
         os._exit(1)
     if is_own:

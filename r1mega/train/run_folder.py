@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,23 @@ from pathlib import Path
 import yaml
 
 from r1mega.config import Config, ConfigError
+from r1mega.data.identity import data_identity, difference
 from r1mega.files import write_whole
 from r1mega.settings import dump_config
-from r1mega.train.checkpoint_files import CONFIG_FILE, check, first_difference, newest_checkpoint, remove_stale
+from r1mega.train.checkpoint_files import (
+    CONFIG_FILE,
+    DATA_SETTINGS,
+    check,
+    first_difference,
+    newest_checkpoint,
+    read_progress,
+    read_settings,
+    remove_stale,
+)
 from r1mega.train.metrics import METRICS_FILE, read_metrics
 
 CHECKPOINT_FOLDER = "checkpoints"
+DATA_FILE = "data.json"
 LOSS_PICTURE = "loss.png"
 LOAD_PICTURE = "expert_load.png"
 
@@ -70,7 +82,11 @@ def prepare_folder(config: Config) -> Path | None:
     try:
         (folder / CHECKPOINT_FOLDER).mkdir(parents=True, exist_ok=True)
         remove_stale(folder / CHECKPOINT_FOLDER)
-        write_whole(folder / CONFIG_FILE, dump_config(config))
+        # A run that has no step to take leaves the settings of the steps that were taken.
+        if checkpoint is None or read_progress(checkpoint).step < config.train.num_steps:
+            if not (folder / DATA_FILE).exists():
+                write_whole(folder / DATA_FILE, json.dumps(data_identity(config.data), indent=1) + "\n")
+            write_whole(folder / CONFIG_FILE, dump_config(config))
     except OSError as error:
         raise _cannot_be_written(folder, error) from error
     return checkpoint
@@ -90,8 +106,9 @@ def check_folder(config: Config) -> Path | None:
         checkpoint = newest_checkpoint(folder / CHECKPOINT_FOLDER)
         if checkpoint is not None:
             check(checkpoint, config)
+            _check_same_data(folder, read_settings(checkpoint), config)
         else:
-            _check_settings(folder / CONFIG_FILE, config)
+            _check_same_data(folder, _check_settings(folder / CONFIG_FILE, config), config)
     return checkpoint
 
 
@@ -109,15 +126,41 @@ def _check_metrics(folder: Path) -> None:
         raise ConfigError(f"train.output_dir={folder}: {METRICS_FILE} cannot be read; move it away to go on")
 
 
-def _check_settings(path: Path, config: Config) -> None:
-    """A run that never got to a checkpoint begins anew, but not as another run."""
+def _check_same_data(folder: Path, settings: dict, config: Config) -> None:
+    """A run goes on with the data that it has begun with. They may move; without their fingerprints, only paths tell.
+
+    Args:
+        folder: of the run.
+        settings: that it has had so far.
+        config: of the run that shall go on.
+    """
+    path = folder / DATA_FILE
+    if not path.exists():
+        checksums = [settings.get("data", {}).get("checksum"), config.data.checksum]
+        same_bytes = checksums[0] is not None and checksums[0] == checksums[1]
+        changed = None if same_bytes else first_difference(settings, config.to_dict(), DATA_SETTINGS)
+        found = f"{changed[0]}={changed[2]}: must be {changed[1]}" if changed is not None else None
+    else:
+        try:
+            found = difference(json.loads(path.read_text(encoding="utf-8")), data_identity(config.data))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"train.output_dir={folder}: {DATA_FILE} cannot be read; name another folder") from error
+    if found is not None:
+        raise ConfigError(f"{found}, as in the run in {folder}; or name another train.output_dir")
+
+
+def _check_settings(path: Path, config: Config) -> dict:
+    """A run that never got to a checkpoint begins anew, but not as another run. Returns the settings that it had."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError, yaml.YAMLError):
         settings = None
     if not isinstance(settings, dict):
         raise ConfigError(f"train.output_dir={path.parent}: {path.name} cannot be read; name another folder")
-    difference = first_difference(settings, config.to_dict()) if settings else None
-    if difference is not None:
-        name, there, here = difference
+    changed = first_difference(settings, config.to_dict()) if settings else None
+    if changed is not None:
+        name, there, here = changed
         raise ConfigError(f"{name}={here}: must be {there}, as in the run in {path.parent}; or name another folder")
+    return settings

@@ -87,4 +87,7 @@ def check_pipeline(config: Config, world_size: int) -> None:
     except ConfigError as error:
         if parallel.placement is not None:
             raise
-        raise ConfigError(f"parallel.pp={parallel.pp}, parallel.schedule={parallel.schedule}: {error}") from error
+        # The cut knows stages only; the user has given ranks and a schedule.
+        number, what_fits = str(error).removeprefix("pipeline stages=").split(": ", 1)
+        stages = f"makes {number} pipeline stages with parallel.schedule={parallel.schedule}, {what_fits}"
+        raise ConfigError(f"parallel.pp={parallel.pp}: {stages}") from error

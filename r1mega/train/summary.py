@@ -23,7 +23,8 @@ def summary(folder: Path, prompt: str | None = None, text: str | None = None) ->
     if metrics:
         seconds = sum(line["step_seconds"] for line in metrics)
         rows += _numbers(metrics, seconds)
-        title = f"done: {len(metrics)} steps, {human(metrics[-1]['tokens'])} tokens in {duration(seconds)}"
+        steps = f"{len(metrics)} step{'s' * (len(metrics) > 1)}"
+        title = f"done: {steps}, {human(metrics[-1]['tokens'])} tokens in {duration(seconds)}"
     else:
         title = "done: no step was taken"
     if text is not None:

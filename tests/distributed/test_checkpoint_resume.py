@@ -161,10 +161,25 @@ def test_a_killed_run_goes_on_under_another_layout_to_rounding(pool, job, killed
         assert line == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_run_that_has_no_step_to_take_leaves_its_settings_alone(pool, job, tmp_path):
+    folder = tmp_path / "run"
+    short = dataclasses.replace(job, train=dataclasses.replace(job.train, num_steps=2))
+    pool.run(run, 1, in_folder(short, folder))
+    before = (folder / "config.yaml").read_text()
+    again = in_folder(short, folder, resume=True)
+    again.optimizer = dataclasses.replace(again.optimizer, learning_rate=0.5)
+    pool.run(run, 1, again)
+    assert (folder / "config.yaml").read_text() == before
+    longer = dataclasses.replace(again, train=dataclasses.replace(again.train, num_steps=3))
+    pool.run(run, 1, longer)
+    assert (folder / "config.yaml").read_text() == dump_config(longer)
+
+
 def test_a_finished_run_leaves_everything_where_the_summary_says(pool, job, tmp_path):
     pool.run(run, 1, in_folder(job, tmp_path / "run"))
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoints", "config.yaml", "expert_load.png", "loss.png", "metrics.jsonl", "tensorboard"}
+    written = {"config.yaml", "data.json", "expert_load.png", "loss.png", "metrics.jsonl"}
+    assert names == written | {"checkpoints", "tensorboard"}
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     wanted = {"step", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "learning_rate", *CLOCK_FIELDS}
     assert last.keys() >= wanted | {"expert_load_max_over_mean", "valid_loss"}

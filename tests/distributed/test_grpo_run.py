@@ -40,8 +40,8 @@ def single(pool, data, tmp_path_factory) -> Result:
     config = in_folder(make_config(data), folder)
     assert pool.run(run, 1, config, 0.0, True)[0].status == 0
     names = {path.name for path in folder.iterdir()}
-    kept = {"checkpoints", "completions", "config.yaml", "evaluations.jsonl", "metrics.jsonl", "tensorboard"}
-    assert names == kept | {"learning.png", "objective.png"}
+    kept = {"checkpoints", "completions", "config.yaml", "data.json", "evaluations.jsonl", "metrics.jsonl"}
+    assert names == kept | {"tensorboard", "learning.png", "objective.png"}
     return result(folder)
 
 

@@ -211,6 +211,64 @@ def test_ranks_that_cannot_reach_each_other_all_use_the_process_group(pool: Work
     assert pool.run(fall_back_where_nobody_answers, 3) == ["ProcessGroupTransport"] * 3
 
 
+def make_executors_in_different_order(rank: int, world_size: int) -> str:
+    tables = [gpipe(2, 2), one_f_one_b(2, 4)]
+    for table in tables if rank == 0 else tables[::-1]:
+        try:
+            PipelineExecutor(table, {rank: PlainStage(mlp(2)[rank])}, dist.group.WORLD)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.skipif(not SUPPORTED, reason="process groups have no state that could be crossed")
+def test_executors_made_in_different_order_are_refused(pool: WorkerPool) -> None:
+    message = "the ranks of this pipeline make executors of different schedules: make them in the same order on all"
+    assert pool.run(make_executors_in_different_order, 2) == [message] * 2
+
+
+class FailingStage(nn.Module):
+    """Breaks at one microbatch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 7:
+            raise KeyError("broken on purpose")
+        return x * self.weight
+
+
+def run_into_a_failure(rank: int, world_size: int) -> list[str]:
+    """Rank 1 fails in its second microbatch; what each run says, of the same executors and of new ones."""
+    said = []
+    executor = None
+    for rows in ([1, 7, 2], [1, 3, 2], [1, 3, 2]):
+        if executor is None:
+            stage = PlainStage(FailingStage() if rank == 1 else mlp(1)[0], squared_error if rank == 2 else None)
+            executor = PipelineExecutor(one_f_one_b(3, 3), {rank: stage}, dist.group.WORLD)
+        batch = [(torch.ones(n, WIDTH, dtype=torch.float64),) * 2 for n in rows]
+        try:
+            executor.run(batch)
+            said.append("")
+        except (KeyError, RuntimeError) as error:
+            said.append(str(error))
+            executor = executor if len(said) == 1 else None
+        dist.barrier()
+    return said
+
+
+@pytest.mark.skipif(not SUPPORTED, reason="peers over a process group wait until its timeout")
+def test_a_run_that_fails_on_one_rank_fails_on_its_peers_at_once_and_leaves_nothing_for_the_next(pool: WorkerPool):
+    first, second, third = zip(*pool.run(run_into_a_failure, 3), strict=True)
+    assert first[1] == "'broken on purpose'"
+    assert all(text.startswith(f"pipeline rank {rank}, action ") for rank, text in enumerate(first) if rank != 1)
+    assert all("rank 1: " in text for rank, text in enumerate(first) if rank != 1)
+    assert all("make a new executor on all of its ranks" in text for text in second)
+    assert third == ("", "", "")
+
+
 @pytest.mark.parametrize("name", ONE_COPY)
 def test_one_rank_needs_no_process_group(name: str) -> None:
     table = make_table(name, 1, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -44,7 +45,10 @@ LAYOUTS = {
 
 @functools.cache
 def reference(pool, tied: bool) -> Report:
-    return pool.run(train, 1, Job(model=tiny_model(tie_embeddings=tied)))[0]
+    job = Job(model=tiny_model(tie_embeddings=tied))
+    report = pool.run(train, 1, job)[0]
+    assert min(report.norms) > job.optimizer.clip_grad, "clipping does nothing, so that no layout can get it wrong"
+    return report
 
 
 def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float) -> None:
@@ -104,6 +108,17 @@ def test_grouped_query_attention_with_bias_and_norm_gives_the_same_numbers(pool)
     expected = pool.run(train, 1, Job(model=model, num_steps=2))[0]
     for parallel in (ParallelConfig(tp=2, pp=2), ParallelConfig(tp=2, ep=4)):
         assert_same(pool.run(train, 4, Job(model=model, parallel=parallel, num_steps=2))[0], expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_clipping_changes_every_step_that_is_compared(pool, tied):
+    report = reference(pool, tied)
+    loose = Job(model=tiny_model(tie_embeddings=tied))
+    loose.optimizer = dataclasses.replace(loose.optimizer, clip_grad=1e9)
+    unclipped = pool.run(train, 1, loose)[0]
+    assert len(report.norms) == 3 and unclipped.norms[0] == report.norms[0]
+    largest = max((unclipped.parameters[name] - value).abs().max() for name, value in report.parameters.items())
+    assert largest > 1e-4  # compared to 1e-9
 
 
 @functools.cache

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+import torch
+from torch import nn
 
 from tests.peers.transformers_oracle import (
     DEEPSEEK,
@@ -10,6 +14,7 @@ from tests.peers.transformers_oracle import (
     answer_of_stage,
     answer_of_transformers,
     assert_same,
+    difference,
     load,
     make_model,
     make_tokens,
@@ -35,3 +40,32 @@ def test_logits_loss_and_every_gradient_agree(variant, tmp_path):
     stage, config = load(tmp_path)
     tokens, labels = make_tokens(config.vocab_size)
     assert_same(answer_of_stage(stage, tokens, labels), answer_of_transformers(model, tokens, labels))
+
+
+@torch.no_grad()
+def without_bias(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.zero_()
+
+
+SWITCHED_OFF: dict[str, tuple[dict, Callable[[nn.Module], None]]] = {
+    "group limits": ({"n_group": 1, "topk_group": 1}, lambda model: None),
+    "router bias": ({}, without_bias),
+    "YaRN": ({"rope_scaling": None}, lambda model: None),
+}
+
+
+@pytest.mark.parametrize("what", SWITCHED_OFF)
+def test_group_limits_bias_and_yarn_decide_the_logits_that_are_compared(what):
+    """Otherwise agreement to 1e-5 would say nothing about them."""
+    settings, change = SWITCHED_OFF[what]
+    model, other = make_model("DeepseekV3", **DEEPSEEK), make_model("DeepseekV3", **DEEPSEEK | settings)
+    weights = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in weights)
+    change(other)
+    tokens, labels = make_tokens(DEEPSEEK["vocab_size"])
+    changed = difference(
+        answer_of_transformers(other, tokens, labels).logits, answer_of_transformers(model, tokens, labels).logits
+    )
+    assert changed > 1e-2

@@ -155,6 +155,16 @@ def test_an_export_that_fails_leaves_nothing_behind(tokenizer, tmp_path, monkeyp
     assert (tmp_path / "out" / "precious").read_text() == "keep me"
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("model: [")])
+def test_a_checkpoint_whose_settings_are_gone_is_cut_short(tokenizer, tmp_path, damage):
+    make_model("Llama", **COMMON).save_pretrained(tmp_path / "made")
+    make_run(tmp_path / "run", tmp_path / "made", tokenizer)
+    damage(tmp_path / "run/checkpoints/step_00000003/config.yaml")
+    with pytest.raises(ConfigError, match=r"^checkpoint [^\n]*step_00000003 is cut short: config.yaml[^\n]*$"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"RUN=.*: holds no complete checkpoint"):
         export(tmp_path, tmp_path / "out")

@@ -40,6 +40,7 @@ MUTANTS = {
     "experts of earlier lanes are forgotten": ("scan", "sum_up_to(total, lane) - total", "0", 0),
     "all tokens are in the first tile": ("permute", "int(token) / a.tile_tokens", "0", 0),
     "all rows go where the first choice goes": ("permute", "(kWholeWarp, row, k)", "(kWholeWarp, row, 0)", 0),
+    "rows are read as if there were no gaps": ("permute", "(a.input_step / int64_t(sizeof(Piece)))", "pieces", 0),
     "gradients are set before all is cleared": ("route_backward", "  __syncwarp();\n  if (has", "  if (has", 0),
 }  # fmt: skip
 
@@ -82,7 +83,7 @@ def check(kernel: str) -> None:
         for given in (experts, dropped):
             _check_tiles(given, *cuda.rank(given, 256))
     elif kernel == "permute":
-        tokens, ranks = random(100, 40), expected.ranks_TK.clone()
+        tokens, ranks = random(100, 44)[:, :40], expected.ranks_TK.clone()
         of_first_tile = torch.bincount(experts[:TILE_TOKENS].flatten(), minlength=256)
         ranks[TILE_TOKENS:] -= of_first_tile[experts[TILE_TOKENS:]]
         first_row = expected.first_row_NE + torch.stack([torch.zeros_like(of_first_tile), of_first_tile])

@@ -24,7 +24,7 @@ void require(bool condition, const char* what, int T, int E, int K) {
   exit(1);
 }
 
-void run(int T, int E, int K, int groups, int kept, bool softmax, int row_bytes, std::mt19937& random) {
+void run(int T, int E, int K, int groups, int kept, bool softmax, int row_bytes, int gap, std::mt19937& random) {
   const int N = std::max(1, (T + kTileTokens - 1) / kTileTokens);
   const size_t choices = size_t(T) * K;
   std::normal_distribution<float> normal;
@@ -54,16 +54,17 @@ void run(int T, int E, int K, int groups, int kept, bool softmax, int row_bytes,
   require(std::equal(ranks.get(), ranks.get() + choices, other_ranks.get()), "a rank", T, E, K);
   require(std::equal(counts.get(), counts.get() + N * E, other_counts.get()), "a count", T, E, K);
 
-  auto input = garbage<char>(size_t(T) * row_bytes), rows = garbage<char>(choices * row_bytes);
-  for (size_t i = 0; i < size_t(T) * row_bytes; ++i) input[i] = char(random());
+  const size_t step = row_bytes + gap, input_bytes = T ? T * step - gap : 0;  // nothing comes after the last row
+  auto input = garbage<char>(input_bytes), rows = garbage<char>(choices * row_bytes);
+  for (size_t i = 0; i < input_bytes; ++i) input[i] = char(random());
   PermuteArguments permute{input.get(), experts.get(), ranks.get(), first_row.get(), map.get(), rows.get(),
-                           T, E, K, kTileTokens, row_bytes};
+                           T, E, K, kTileTokens, int64_t(step), row_bytes};
   require(r1mega_permute(&permute, nullptr) == cudaSuccess, "permute", T, E, K);
   std::vector<bool> taken(choices);
   for (size_t i = 0; i < choices; ++i) {
     require(map[i] >= 0 && map[i] < int64_t(choices) && !taken[map[i]], "a row", T, E, K);
     taken[map[i]] = true;
-    require(!memcmp(&rows[map[i] * row_bytes], &input[i / K * row_bytes], row_bytes), "a copy", T, E, K);
+    require(!memcmp(&rows[map[i] * row_bytes], &input[i / K * step], row_bytes), "a copy", T, E, K);
   }
 
   RouteBackwardArguments backward{weights.get(), scores.get(), experts.get(), softmax ? logits.get() : nullptr,
@@ -83,7 +84,7 @@ int main() {
   const int row_bytes[] = {1, 2, 12, 24, 16, 8208};
   int turn = 0;
   for (const auto& s : sizes) {
-    run(s[0], s[1], s[2], s[3], s[4], turn % 2, row_bytes[turn % 6], random);
+    for (const int gap : {0, 16}) run(s[0], s[1], s[2], s[3], s[4], turn % 2, row_bytes[turn % 6], gap, random);
     ++turn;
   }
   printf("all sizes are right\n");

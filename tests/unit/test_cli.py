@@ -94,6 +94,19 @@ def test_numbers_may_be_in_scientific_notation_with_and_without_a_point(tmp_path
         (["--train.num", "3"], "unknown setting train.num; did you mean train.num_steps?"),
         (["--tp", "2"], "unknown setting tp; did you mean parallel.tp?"),
         (["--train.learning_rate=1"], "unknown setting train.learning_rate; did you mean optimizer.learning_rate?"),
+        (["--train.lr", "5"], "unknown setting train.lr; did you mean optimizer.learning_rate?"),
+        (["--lr", "5"], "unknown setting lr; did you mean optimizer.learning_rate?"),
+        (["--train.gbs", "5"], "unknown setting train.gbs; did you mean train.global_batch_size?"),
+        (
+            ["--parallel.zzz", "3"],
+            "unknown setting parallel.zzz; parallel has tp, pp, cp, ep, etp, schedule, recompute, chunks, placement",
+        ),
+        (
+            ["--foo.bar", "3"],
+            "unknown setting foo.bar; settings begin with model, parallel, data, optimizer, train or rl; see r1mega "
+            "pretrain --help",
+        ),
+        (["17"], "unexpected argument 17; see r1mega pretrain --help"),
         (["--zzz"], "unknown setting zzz; see r1mega pretrain --help"),
         (
             ["--parallel", "2"],
@@ -171,6 +184,38 @@ def test_every_setting_without_its_last_letter_is_found_again() -> None:
             continue  # optimizer.eps becomes optimizer.ep, which rather means parallel.ep
         with pytest.raises(ConfigError, match=f"^unknown setting {cut}; did you mean {cut}.\\?$"):
             check_name(cut)
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["layout", "--world-size", "16"], "unknown setting world-size; did you mean --world_size?"),
+        (["layout", "--worldsize=16"], "unknown setting worldsize; did you mean --world_size?"),
+        (["grpo", "--presets", "r1_zero"], "unknown setting presets; did you mean --preset?"),
+        (["model", "--confg", "x.yaml"], "unknown setting confg; did you mean --config?"),
+    ],
+)
+def test_a_misspelt_option_of_a_command_is_found_again(
+    capsys: pytest.CaptureFixture[str], argv: list[str], line: str
+) -> None:
+    assert error_line(capsys, argv) == line
+
+
+def test_the_examples_point_to_a_help_that_lists_settings() -> None:
+    with pytest.raises(ConfigError, match="^unexpected argument 17; see r1mega pretrain --help$"):
+        parse_config(["17"])
+
+
+def test_more_stages_than_layers_is_said_in_the_users_terms() -> None:
+    from r1mega.train.schedule import check_pipeline
+
+    config = parse_config([f"--config={TINY}", "--parallel.pp=9", "--train.global_batch_size=36"])
+    with pytest.raises(ConfigError) as caught:
+        check_pipeline(config, 9)
+    assert str(caught.value) == (
+        "parallel.pp=9: makes 9 pipeline stages with parallel.schedule=1f1b, more stages than layers: "
+        "model.num_layers (4) and model.num_mtp_layers (1) make 5; use at most 5"
+    )
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,6 +336,14 @@ def test_layout_as_a_table_has_a_row_a_rank_and_a_line_a_group(capsys: pytest.Ca
     ]
     assert "pp        4 groups of 2: [0 4] [1 5] [2 6] [3 7]" in lines
     assert "tp        8 groups of 1: each rank alone" in lines
+
+
+def test_layout_of_2048_ranks_breaks_lines_between_groups_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["layout", "--world_size", "2048", "--parallel.pp", "16", "--parallel.ep", "64"]) == 0
+    groups = capsys.readouterr().out.split("\n\n")[2]
+    assert "[0 128 256 ... 1920]" in groups
+    for line in groups.splitlines():
+        assert line.count("[") == line.count("]") and len(line) <= 116 and line.isascii()
 
 
 def test_layout_reads_the_parallel_part_of_a_config_file(capsys: pytest.CaptureFixture[str]) -> None:

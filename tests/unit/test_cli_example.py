@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from r1mega.config import Config, ConfigError
+from r1mega.data.corpus import FileCorpus
+from r1mega.data.prepare import prepare
 from r1mega.settings import parse_config
 
 ROOT = Path(__file__).parents[2]
@@ -108,10 +110,14 @@ def test_default_data_is_prepared_once_and_a_failure_is_a_line(tmp_path: Path, m
     with pytest.raises(ConfigError, match="could not be prepared"):
         example["prepare_data"](config)
     assert commands[0][-3:] == ["--default", "--output", str(data)]
-    data.mkdir()
-    (data / "corpus.json").touch()
+    (tmp_path / "text.txt").write_text("a few words of text\n" * 200)
+    prepare(FileCorpus([str(tmp_path / "text.txt")]), data, vocab_size=300, report=lambda line: None)
     example["prepare_data"](config)
     assert len(commands) == 1
+    os.truncate(data / "train.bin", 100)
+    with pytest.raises(ConfigError, match="could not be prepared"):
+        example["prepare_data"](config)
+    assert len(commands) == 2
 
 
 def test_another_corpus_is_not_prepared(tmp_path: Path) -> None:
@@ -180,3 +186,14 @@ def test_a_mistake_in_r1_zero_s_settings_is_found_by_the_launcher(
     error = capsys.readouterr().err
     assert error.startswith(f"r1mega: error: {line}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_pretrain_says_how_make_takes_settings_after_a_mistake() -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "NPROC")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    command = ["make", "--old-file=setup", "pretrain", "ARGS=--tp=2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    first, second, *_ = done.stderr.splitlines()
+    assert first == "r1mega: error: unknown setting tp; did you mean parallel.tp?"
+    assert second == 'make pretrain takes settings in ARGS, as in make pretrain ARGS="--train.resume true"'

@@ -333,6 +333,25 @@ def test_folder_that_another_process_finishes_just_before_the_lock_is_taken_over
     assert (target / "theirs").read_text() == "whole"
 
 
+def test_folder_that_another_process_renames_while_it_is_made_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pathlib raises although exist_ok is given: what was in the way has gone when it looks."""
+    make, refusals = Path.mkdir, [FileExistsError(17, "File exists")]
+
+    def mkdir(self: Path, *arguments: object, **named: object) -> None:
+        if refusals:
+            raise refusals.pop()
+        make(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with whole_folder(tmp_path / "target") as folder:
+        assert folder is not None
+    (tmp_path / ".other.partial").write_text("a file")
+    with pytest.raises(FileExistsError), whole_folder(tmp_path / "other"):
+        pass
+
+
 def test_folder_stays_locked_until_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rename, locks = os.rename, []
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from r1mega.config import ConfigError
+from r1mega.config import Config, ConfigError, DataConfig
+from r1mega.data.check import check_data
 from r1mega.data.corpus import DefaultCorpus, FileCorpus, solved_problems, sympy_sources
 from r1mega.data.index import checksum, read_index
 from r1mega.data.prepare import Prepared, prepare
@@ -143,6 +146,85 @@ def test_missing_input_and_empty_folder_are_one_line(tmp_path: Path) -> None:
     for name in ("nowhere", "."):
         with pytest.raises(ConfigError, match=r"^input=[^\n]*$"):
             FileCorpus([str(tmp_path / name)])
+
+
+DAMAGE = {
+    "train.bin is missing": lambda folder: (folder / "train.bin").unlink(),
+    "valid.idx is missing": lambda folder: (folder / "valid.idx").unlink(),
+    "tokenizer.model is missing": lambda folder: (folder / "tokenizer.model").unlink(),
+    "corpus.json is missing": lambda folder: (folder / "corpus.json").unlink(),
+    "corpus.json cannot be read": lambda folder: os.truncate(folder / "corpus.json", 9),
+    "train.bin has 100 bytes, not": lambda folder: os.truncate(folder / "train.bin", 100),
+    "tokenizer.model has 100 bytes, not": lambda folder: os.truncate(folder / "tokenizer.model", 100),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_not_called_complete_and_is_made_again_where_it_may(
+    inputs: Path, tmp_path: Path, damage: str
+) -> None:
+    corpus, lines = FileCorpus([str(inputs)]), []
+    whole = run(corpus, tmp_path / "out")
+    (tmp_path / "out" / "cache").mkdir()
+    DAMAGE[damage](tmp_path / "out")
+    with pytest.raises(ConfigError) as caught:
+        run(corpus, tmp_path / "out")
+    assert damage in str(caught.value) and "delete" in str(caught.value) and "\n" not in str(caught.value)
+    again = prepare(corpus, tmp_path / "out", vocab_size=320, report=lines.append, rebuild_damaged=True)
+    assert again.is_new and again.checksum == whole.checksum
+    assert [line for line in lines if "damaged" in line][0].startswith(f"{tmp_path / 'out'} is damaged ({damage}")
+    assert not run(corpus, tmp_path / "out").is_new
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs", "out"]
+
+
+def test_a_folder_with_files_of_the_users_is_never_made_again(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not made by this command"):
+        run(FileCorpus([str(inputs)]), tmp_path / "out", rebuild_damaged=True)
+    prepared = run(FileCorpus([str(inputs)]), tmp_path / "mine")
+    (prepared.folder / "train.bin").unlink()
+    with pytest.raises(ConfigError, match="was made with another valid_every"):
+        run(FileCorpus([str(inputs)]), prepared.folder, valid_every=7, rebuild_damaged=True)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine" and (prepared.folder / "train.idx").exists()
+
+
+def test_training_on_a_damaged_folder_says_how_to_mend_it(inputs: Path, tmp_path: Path) -> None:
+    prepared = run(FileCorpus([str(inputs)]), tmp_path / "out")
+    os.truncate(tmp_path / "out" / "train.bin", 100)
+    config = Config(data=DataConfig(train=[prepared.train], tokenizer=prepared.tokenizer, sequence_length=8))
+    config.model.vocab_size = 320
+    with pytest.raises(ConfigError, match=r"^data\.train=[^\n]*is cut short[^\n]*delete it and prepare it again$"):
+        check_data(config)
+    (tmp_path / "out" / "tokenizer.model").unlink()
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer=[^\n]*no such file[^\n]*delete it and prepare it again$"):
+        check_data(config)
+
+
+def test_a_place_that_cannot_be_written_is_one_line_that_names_it(inputs: Path) -> None:
+    for place in ("/proc/nowhere", "/proc/nowhere/deep"):
+        with pytest.raises(ConfigError, match=rf"^output={place}: cannot be written \([^\n]*\); name another folder$"):
+            run(FileCorpus([str(inputs)]), Path(place))
+
+
+@pytest.mark.parametrize("vocab_size", [300, 4096])
+def test_a_text_that_is_too_small_says_which_vocabulary_would_fit(tmp_path: Path, vocab_size: int) -> None:
+    (tmp_path / "small.txt").write_text("hello world")
+    with pytest.raises(ConfigError) as caught:
+        prepare(
+            FileCorpus([str(tmp_path / "small.txt")]), tmp_path / "out", vocab_size=vocab_size, report=lambda _: None
+        )
+    assert str(caught.value) == f"vocab_size={vocab_size}: the text is too small for it; must be at most 292"
+
+
+def test_a_reader_that_goes_away_is_no_error(inputs: Path, tmp_path: Path) -> None:
+    arguments = f"--input {inputs} --output {tmp_path / 'out'} --vocab_size 320"
+    root = Path(__file__).parents[2]
+    # The reader has gone before the first line.
+    command = f"{sys.executable} -u {root / 'tools/prepare_data.py'} {arguments} | true"
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stderr == ""
 
 
 def test_command_prints_settings_that_load(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from r1mega.config import MoEConfig
+from r1mega.kernels import native
 from r1mega.kernels.route import RouteOptions, route
-from r1mega.moe.exchanges import once_per_rank
+from r1mega.moe.collectives import Splits
+from r1mega.moe.exchanges import ExpertRanks, Plan, once_per_rank
 from r1mega.moe.layer import MoELayer
 from r1mega.moe.wire import RowFormat, decode, encode
 from r1mega.parallel_state import ParallelState
@@ -34,7 +36,7 @@ def test_weights_and_experts_travel_bit_for_bit_behind_their_row(num_rows, width
     assert got_weights.view(torch.uint8).equal(weights.view(torch.uint8)) and got_experts.equal(experts.int() + 1)
     assert message.shape[1] * message.element_size() % 16 == 0
     if wire == "model":
-        assert got_rows[:, :width].equal(rows)
+        assert got_rows.equal(rows)
 
 
 @pytest.mark.parametrize("types", TYPES)
@@ -93,6 +95,65 @@ def test_group_limited_routing_limits_the_nodes_of_a_token(num_groups, top_k_gro
 
     assert most_nodes(RouteOptions(6, num_groups=num_groups, top_k_groups=top_k_groups)) == top_k_groups
     assert most_nodes(RouteOptions(6)) > top_k_groups
+
+
+class Group:
+    """A process group as far as a plan looks at it: two ranks, of which this is the second."""
+
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 1
+
+
+class Moves(TorchDispatchMode):
+    """Remembers by name what has written ``least`` bytes or more: PyTorch's operations and the C++ kernels."""
+
+    def __init__(self, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.least, self.names = least, []
+        call = native.call
+        monkeypatch.setattr(native, "call", lambda name, *args: (self.names.append(name), call(name, *args)))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            made = isinstance(tensor, Tensor) and not func.is_view and not func.__name__.startswith("empty")
+            if made and tensor.nbytes >= self.least:
+                self.names.append(func.__name__)
+        return result
+
+
+@pytest.mark.parametrize("by_extension", [pytest.param(True, marks=pytest.mark.needs_extension), False])
+@pytest.mark.parametrize("capacity", [None, 60])
+@pytest.mark.parametrize("wire", ["model", "bfloat16", "float8"])
+def test_a_received_row_is_moved_once_into_rows_of_the_experts_without_gaps(wire, capacity, by_extension, monkeypatch):
+    if not by_extension:
+        monkeypatch.setattr(native, "library", None)
+    torch.manual_seed(0)
+    tokens, hidden, top_k, num_experts = 50, 128, 4, 6
+    x, weights = torch.randn(tokens, hidden), torch.rand(tokens, top_k)
+    experts = torch.rand(tokens, num_experts).topk(top_k).indices
+    format = RowFormat(hidden, top_k, x.dtype, weights.dtype, wire)
+    here = [(int(e), t) for t, of_token in enumerate(experts) for e in of_token if e >= 3]
+    counts = [sum(e == expert for e, _ in here) for expert in (3, 4, 5)]
+    plan = Plan(ExpertRanks(num_experts, Group(), None), format, experts, capacity, keep_source=True)
+    padded = [2 * capacity] * 3 if capacity else counts
+    plan.splits = Splits([0, tokens], [0, tokens], [tokens], padded)
+    message, order = format.pack(x, weights, experts), torch.tensor([t for _, t in sorted(here)])
+    least = x.nbytes if wire == "model" else sum(counts) * hidden * 4  # other wires are decoded: no more than N rows
+    with Moves(least, monkeypatch) as moves:
+        rows, row_weights = plan.arrive(message)
+        again = plan.rows_again()
+    moved = {"permute", "copy_rows"} if by_extension else {"index_select.default"}
+    assert len([name for name in moves.names if name in moved]) == 2, moves.names  # one for each call above
+    assert set(moves.names) - moved <= ({"zero_.default", "index_fill_.int_Scalar"} if capacity else set()), moves.names
+    assert rows.shape == again.shape == (sum(padded), hidden) and row_weights.shape == (sum(padded),)
+    assert rows.is_contiguous() and again.is_contiguous() and rows.equal(again)
+    owned = torch.cat([torch.arange(n) + i * padded[i] if capacity else torch.arange(n) + sum(counts[:i])
+                       for i, n in enumerate(counts)])  # fmt: skip
+    assert rows[owned].equal(format.unpack(message)[0][order])
 
 
 class Storages(TorchDispatchMode):

@@ -249,6 +249,10 @@ def test_permute_puts_each_token_where_the_reference_puts_it(dtype, width, sched
     assert torch.equal(rows, tokens[order // 3])
     assert torch.equal(row_of_choice.flatten()[order], torch.arange(450))
     assert torch.equal(cuda.copy_rows(tokens, row_of_choice, 450), rows)
+    for gap in (1, 16):  # pieces of a row's own size, and smaller ones
+        apart = torch.full((150, width + gap), 3, dtype=dtype)[:, :width].copy_(tokens)
+        found = cuda.permute(apart, choices.experts_TK, choices.ranks_TK, choices.first_row_NE)
+        assert torch.equal(found[0], rows) and torch.equal(cuda.copy_rows(apart, row_of_choice, 450), rows)
 
 
 @pytest.mark.usefixtures("host")

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 
 from r1mega.kernels import native
 from r1mega.kernels.combine import combine
-from r1mega.kernels.permute import permute
+from r1mega.kernels.permute import copy_rows, permute
 from r1mega.kernels.route import (
     RouteOptions,
     rank_choices,
@@ -216,6 +216,17 @@ def test_rows_are_sorted_by_expert_and_within_an_expert_by_token(implementation,
     pairs = sorted((int(e), t) for t, row in enumerate(experts) for e in row)
     assert rows.flatten().tolist() == [t for _, t in pairs]
     assert weights.tolist() == [100 * e + t for e, t in pairs]
+
+
+@pytest.mark.parametrize("dtype, width", [(torch.float32, 12), (torch.float64, 5), (torch.bfloat16, 8)], ids=str)
+@pytest.mark.parametrize("gap", [1, 4])
+def test_rows_with_gaps_between_them_become_rows_without(implementation, gap, dtype, width):
+    experts, x = chosen(30, 3, 5), random(30, width + gap).to(dtype)[:, :width]
+    for options in ({}, {"capacity": 31}):
+        rows, _, row_map = permuted(x, torch.ones(30, 3), experts, 5, **options)
+        assert rows.is_contiguous() and copy_rows(x, row_map).is_contiguous()
+        assert torch.equal(rows, permuted(x.contiguous(), torch.ones(30, 3), experts, 5, **options)[0])
+        assert torch.equal(copy_rows(x, row_map), rows)
 
 
 @pytest.mark.parametrize("capacity", [None, 40])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import threading
 import time
 from collections import deque
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from r1mega.pipeline import shared_memory
 from r1mega.pipeline.packing import Spec, decode_bytes, header_bytes
-from r1mega.pipeline.shared_memory import SUPPORTED, Link
+from r1mega.pipeline.shared_memory import NUM_RECORDS, SENT, SUPPORTED, TAKEN, Link
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="shared memory is used on Linux on x86 alone")
 
@@ -78,17 +79,80 @@ def test_a_ring_is_used_again_as_long_as_the_receiver_keeps_up() -> None:
     assert a._out._number_of_ring == 1
 
 
-def test_thousands_of_messages_that_nobody_has_taken_make_nobody_wait_and_too_many_are_an_error(monkeypatch) -> None:
-    monkeypatch.setattr(shared_memory, "NUM_RECORDS", 3000)
+def test_thousands_of_messages_that_nobody_has_taken_make_nobody_wait() -> None:
     a, b = pair()
-    for number in range(3000):
+    for number in range(NUM_RECORDS):
         send(a, number, torch.tensor(number))
-    with pytest.raises(ConnectionError, match="3000 messages wait to be taken"):
-        send(a, 3000)
-    for number in range(3000):
+    for number in range(NUM_RECORDS):
         same(b.receive(make), number, torch.tensor(number))
     send(a, 3000)
     same(b.receive(make), 3000)
+
+
+@pytest.mark.parametrize("full", ["of messages", "of bytes"])
+def test_a_sender_waits_for_room_and_the_ring_does_not_grow_without_end(full, monkeypatch) -> None:
+    monkeypatch.setattr(shared_memory, "NUM_RECORDS", 8 if full == "of messages" else 4096)
+    monkeypatch.setattr(shared_memory, "SMALLEST_RING", 1 << 12)
+    monkeypatch.setattr(shared_memory, "LARGEST_RING", 1 << 15)
+    a, b = pair()
+    received = []
+
+    def receive_slowly() -> None:
+        for _ in range(100):
+            time.sleep(0.001)
+            received.append(b.receive(make))
+
+    receiver = threading.Thread(target=receive_slowly)
+    receiver.start()
+    for number in range(100):
+        send(a, number, torch.full((500,), float(number)))
+        assert a._out._page.words[SENT] - a._out._page.words[TAKEN] <= (8 if full == "of messages" else 32)
+    a.wait_until_taken()
+    receiver.join()
+    assert len(received) == 100 and a._out._ring.size <= 1 << 15
+    for number, found in enumerate(received):
+        same(found, number, torch.full((500,), float(number)))
+
+
+def test_a_sender_that_finds_no_room_ends_after_its_timeout_or_when_the_other_is_gone(monkeypatch) -> None:
+    monkeypatch.setattr(shared_memory, "NUM_RECORDS", 4)
+    a, b = pair(timeout=0.2)
+    for number in range(4):
+        send(a, number)
+    for wait in (lambda: send(a, 4), a.wait_until_taken):
+        with pytest.raises(TimeoutError, match="timed out after 0.2 s"):
+            wait()
+    a, b = pair(timeout=30)
+    send(a, 1)
+    del b
+    with pytest.raises(ConnectionError):
+        a.wait_until_taken()
+
+
+def test_after_an_end_nothing_that_was_sent_is_received() -> None:
+    a, b = pair()
+    send(a, 1, torch.ones(3))
+    send(a, 2, torch.ones(3))
+    same(b.receive(make), 1, torch.ones(3))
+    a.end()
+    with pytest.raises(ConnectionError, match="its run failed"):
+        b.receive(make)
+    with pytest.raises(ConnectionError):
+        send(b, 1)
+
+
+def test_memory_that_cannot_be_opened_here_is_named(monkeypatch) -> None:
+    for first in (True, False):
+        a, b = pair()
+        send(a, 1)
+        if not first:
+            send(a, 2, torch.ones(1 << 20))  # in a ring of its own
+            b.receive(make)
+        without = lambda *_: (b"\0", [], 0, None)  # noqa: E731 - what the system gives where descriptors have run out
+        monkeypatch.setattr(shared_memory.socket, "recv_fds", without)
+        with pytest.raises(ConnectionError, match="too many open files"):
+            b.receive(make)
+        monkeypatch.undo()
 
 
 def test_what_a_dead_process_has_sent_is_received_and_then_its_end() -> None:

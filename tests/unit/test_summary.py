@@ -71,3 +71,31 @@ def test_the_model_command_prints_the_table(capsys):
 
     assert main(["model", "--config", str(EXAMPLES / "r1_671b.yaml")]) == 0
     assert "671,026,419,200" in capsys.readouterr().out
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A small Qwen3 of transformers."""
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=160, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        intermediate_size=48, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "qwen3")
+    return tmp_path / "qwen3"
+
+
+def test_the_model_command_prints_a_checkpoint_s_model(capsys, checkpoint):
+    from r1mega.cli import main
+
+    assert main(["model", "--model.checkpoint", str(checkpoint)]) == 0
+    rows = {line[:20].strip(): line.split()[-2:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["embedding"] == [f"{160 * 32:,}", "0"]
+
+
+def test_the_model_command_refuses_a_checkpoint_that_is_not_there(capsys):
+    from r1mega.cli import main
+
+    assert main(["model", "--model.checkpoint", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("r1mega: error: model.checkpoint=nowhere")

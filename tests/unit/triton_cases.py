@@ -288,6 +288,9 @@ def test_rows_are_sorted_by_expert_and_within_an_expert_by_token(num_tokens, num
     assert torch.equal(counts, torch.bincount(experts.flatten(), minlength=num_experts))
     assert torch.equal(row_of_choice, expected.row_of_choice)
     assert torch.equal(rows[row_of_choice.flatten()], tokens.repeat_interleave(top_k, 0))
+    apart = random(num_tokens, width + 3, dtype=dtype)[:, :width].copy_(tokens)  # with gaps between rows
+    assert torch.equal(permute.permute(apart, experts, ranks, first_row)[0], rows)
+    assert torch.equal(combine_kernels.copy_rows(apart, row_of_choice, len(rows)), rows)
 
 
 def test_dropped_choices_own_no_row_and_ranks_may_count_all_tokens():

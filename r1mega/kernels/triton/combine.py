@@ -55,7 +55,7 @@ def copy_rows(input_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int, padded_
     """``[R, H]``: row ``row_of_choice[t, k]`` is row t of the input.
 
     Args:
-        input_TH: ``[T, H]``, contiguous.
+        input_TH: ``[T, H]``, a row's numbers side by side; there may be gaps between rows.
         row_of_choice_TK: ``[T, K]`` int64, contiguous.
         num_rows: R.
         padded_rows: whether some rows belong to no choice; they become zero.
@@ -66,16 +66,18 @@ def copy_rows(input_TH: Tensor, row_of_choice_TK: Tensor, num_rows: int, padded_
     if out.numel() == 0 or num_tokens == 0:
         return out
     block = min(padded(width), BLOCK)
-    arguments = input_TH, row_of_choice_TK, out, width, top_k, block
+    arguments = input_TH, row_of_choice_TK, out, input_TH.stride(0), width, top_k, block
     launch(_copy_rows, (num_tokens, pieces(width, block)), arguments, num_warps=4)
     return out
 
 
 @triton.jit
-def _copy_rows(input_TH, row_of_choice_TK, rows_RH, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _copy_rows(
+    input_TH, row_of_choice_TK, rows_RH, input_step, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(input_TH + token * width + column, mask=column < width)
+    values = tl.load(input_TH + token * input_step + column, mask=column < width)
     for k in tl.static_range(TOP_K):
         row = tl.load(row_of_choice_TK + token * TOP_K + k)
         tl.store(rows_RH + row * width + column, values, mask=column < tl.where(row >= 0, width, 0))

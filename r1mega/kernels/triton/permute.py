@@ -28,7 +28,7 @@ def permute(
     """Copy each token to its routed rows; any type of number.
 
     Args:
-        input_TH: ``[T, H]``, contiguous.
+        input_TH: ``[T, H]``, a row's numbers side by side; there may be gaps between rows.
         experts_TK: ``[T, K]`` int64, contiguous; E marks a dropped choice.
         ranks_TK: ``[T, K]`` int64, contiguous: of each choice among its tile's for the same expert.
         first_row_NE: ``[N, E]`` int64, contiguous, from :func:`scan`; or ``[1, E]`` where ranks count all tokens.
@@ -49,7 +49,8 @@ def permute(
     block = min(padded(width), BLOCK)
     tile_tokens = TILE_TOKENS if num_tiles > 1 else num_tokens
     arguments = (
-        input_TH, experts_TK, ranks_TK, first_row_NE, row_of_choice, rows, width, num_experts, tile_tokens, top_k, block
+        input_TH, experts_TK, ranks_TK, first_row_NE, row_of_choice, rows, input_TH.stride(0), width, num_experts,
+        tile_tokens, top_k, block,
     )  # fmt: skip
     launch(_permute, (num_tokens, max(pieces(width, block), 1)), arguments, num_warps=4)
     return rows, row_of_choice
@@ -57,12 +58,12 @@ def permute(
 
 @triton.jit
 def _permute(
-    input_TH, experts_TK, ranks_TK, first_row_NE, row_of_choice_TK, rows_RH, width, num_experts, tile_tokens,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    input_TH, experts_TK, ranks_TK, first_row_NE, row_of_choice_TK, rows_RH, input_step, width, num_experts,
+    tile_tokens, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(input_TH + token * width + column, mask=column < width)
+    values = tl.load(input_TH + token * input_step + column, mask=column < width)
     first_of_tile = first_row_NE + token // tile_tokens * num_experts
     for k in tl.static_range(TOP_K):
         expert = tl.load(experts_TK + token * TOP_K + k)

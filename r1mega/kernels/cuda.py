@@ -43,14 +43,16 @@ DTYPES = dict.fromkeys(("experts", "ranks", "first_row", "row_of_choice", "count
 class _Arguments(Structure):
     """The C structure of the same fields. Tensors become pointers, None the null pointer.
 
-    Raises ValueError for a tensor that its pointer would misrepresent: of other integers, or not dense.
+    Raises ValueError for a tensor that its pointer would misrepresent: of other integers, or not dense. Only between
+    rows of ``input`` there may be gaps: its structure says how far they are apart.
     """
 
     def __init__(self, **fields: object) -> None:
         tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
         for name, tensor in tensors.items():
             wanted = DTYPES.get(name, tensor.dtype)
-            if tensor.dtype != wanted or not tensor.is_contiguous():
+            dense = tensor.is_contiguous() if name != "input" else tensor.stride(-1) == 1 or tensor.shape[-1] < 2
+            if tensor.dtype != wanted or not dense:
                 raise ValueError(
                     f"{name}: must be dense and {wanted}; it has {tensor.dtype}, strides {tensor.stride()}"
                 )

@@ -54,6 +54,7 @@ from benchmarks.launch import run_program  # noqa: E402
 from benchmarks.step import machine, write_json  # noqa: E402
 from benchmarks.tensor_watch import TensorWatch  # noqa: E402
 from r1mega.kernels import native, triton  # noqa: E402
+from r1mega.kernels.products import matmul  # noqa: E402
 from r1mega.rl import LossOptions, grpo_loss, grpo_loss_from_hidden  # noqa: E402
 
 MOST_MEMORY, MOST_TIME = 1 / 8, 0.75
@@ -229,8 +230,8 @@ def run(path: LossPath, p: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def products_alone(p: Problem) -> None:
     """The least a gradient needs: three products, of one chunk after another would take as long."""
     with torch.no_grad():
-        logits = p.hidden @ p.weight.t()
-        _ = logits @ p.weight, logits.t() @ p.hidden
+        logits = matmul(p.hidden, p.weight.t())
+        _ = matmul(logits, p.weight), matmul(logits.t(), p.hidden)
 
 
 def largest_difference(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from r1mega.collectives import all_gather
 from r1mega.pipeline.actions import Kind
@@ -206,5 +207,6 @@ def _is_ours(connection: socket.socket) -> bool:
 
 def _timeout(group: dist.ProcessGroup) -> timedelta:
     """How long collectives of the group wait."""
-    timeout: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    options = getattr(group._get_backend(torch.device("cpu")), "options", None)  # not in every version of PyTorch
+    timeout: timedelta = default_pg_timeout if options is None else options._timeout
     return timeout

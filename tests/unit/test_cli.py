@@ -99,7 +99,8 @@ def test_numbers_may_be_in_scientific_notation_with_and_without_a_point(tmp_path
         (["--train.gbs", "5"], "unknown setting train.gbs; did you mean train.global_batch_size?"),
         (
             ["--parallel.zzz", "3"],
-            "unknown setting parallel.zzz; parallel has tp, pp, cp, ep, etp, schedule, recompute, chunks, placement",
+            "unknown setting parallel.zzz; "
+            "parallel has tp, pp, cp, ep, etp, schedule, recompute, chunks, memory_limit, placement",
         ),
         (
             ["--foo.bar", "3"],

@@ -29,9 +29,10 @@ def load(example: Path = EXAMPLE) -> dict:
 
 
 @pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], list[str]]:
+def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[list[str]], list[str]]:
     """``launch(arguments)`` returns the command that the example would become, without running it."""
     example = load()
+    monkeypatch.chdir(tmp_path)  # where no run of the reader's lies
     for name in ("RANK", "WORLD_SIZE", "NPROC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -1,8 +1,8 @@
 """Matrix products of tensors that are at hand: no autograd, no parameters.
 
 On a CPU that MKL, PyTorch's library, gives narrow vectors (all but Intel's), the C++ kernel multiplies float32 and
-float64 in vectors of 64 bytes: 2.4 times MKL's speed on an AMD EPYC with AVX-512 (``benchmarks/products.py``). oneDNN,
-which PyTorch has, too, came close to that, but it compiles a kernel for each new number of rows (0.4 ms) and cannot add
+float64 in vectors of 64 bytes: 1.7 to 2.4 times MKL's speed on an AMD EPYC with AVX-512 (``benchmarks/products.py``).
+oneDNN, which PyTorch has, too, comes close to that, but it compiles a kernel for each new number of rows and cannot add
 to a matrix in place. Everywhere else PyTorch multiplies.
 
 Shapes: M rows, N columns, K the depth; of groups R rows, E groups, X and Y features.

@@ -1,8 +1,8 @@
 """Moves the messages of a schedule between ranks of one machine, through shared memory.
 
-gloo takes some 0.4 ms of CPU time for a message, however small, and as long to wake the receiver; this takes about a
-tenth (``benchmarks/pipeline_overhead.py``). It moves tensors on the CPU; between machines, and for tensors on a GPU,
-there is :mod:`r1mega.pipeline.transport`.
+With small stages most of what an executor costs is gloo: a step of 1F1B with 48 messages took 23 ms of CPU time over it
+and 11 ms through shared memory, 4 of them the stages' own (``benchmarks/pipeline_overhead.py``). This moves tensors on
+the CPU; between machines, and for tensors on a GPU, there is :mod:`r1mega.pipeline.transport`.
 """
 
 from __future__ import annotations

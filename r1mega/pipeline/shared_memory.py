@@ -180,8 +180,12 @@ class _Page:
 def _new(num_bytes: int) -> tuple[mmap.mmap, int]:
     """New shared memory, and its descriptor."""
     descriptor = os.memfd_create("r1mega", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, num_bytes)
-    return mmap.mmap(descriptor, num_bytes), descriptor
+    try:
+        os.ftruncate(descriptor, num_bytes)
+        return mmap.mmap(descriptor, num_bytes), descriptor
+    except OSError:
+        os.close(descriptor)
+        raise
 
 
 class _Outbox:

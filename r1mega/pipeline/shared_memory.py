@@ -55,7 +55,8 @@ class Link:
         seconds, part = divmod(max(timeout, 1e-3), 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(1e6 * part)))
         self._out, *descriptors = _Outbox.make()
-        socket.send_fds(connection, [b"\0"], descriptors)
+        with suppress(ConnectionError):  # it may have failed already; the first receive or message tells
+            socket.send_fds(connection, [b"\0"], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         self._in: _Inbox | None = None

@@ -141,6 +141,16 @@ def test_after_an_end_nothing_that_was_sent_is_received() -> None:
         send(b, 1)
 
 
+def test_a_run_that_failed_before_the_other_side_made_its_link_is_told_as_any_other() -> None:
+    first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    Link(first, 5.0).end()
+    late = Link(second, 5.0)
+    with pytest.raises(ConnectionError, match="its run failed"):
+        late.receive(make)
+    with pytest.raises(ConnectionError):
+        send(late, 1, torch.ones(2))
+
+
 def test_memory_that_cannot_be_opened_here_is_named(monkeypatch) -> None:
     for first in (True, False):
         a, b = pair()

@@ -6,11 +6,10 @@ library around it adds (waiting, moving tensors, Python) lies between actions, a
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -77,21 +76,16 @@ class Recorder:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self._noted: list[tuple[Action, Moment, Moment]] = []
+        self._noted: list[tuple[Kind, int, int, Moment, Moment]] = []
 
-    def note(self, kind: Kind, stage: int, microbatch: int, begin: Moment, end: Moment) -> None:
-        self._noted.append((Action(kind, stage, microbatch), begin, end))
-
-    @contextlib.contextmanager
-    def action(self, kind: Kind, stage: int, microbatch: int) -> Iterator[None]:
-        begin = self.clock.now()
-        yield
-        self.note(kind, stage, microbatch, begin, self.clock.now())
+    def note(self, kind: Kind, stage: int, microbatch: int, begin: Moment) -> None:
+        """An action that began then ends now."""
+        self._noted.append((kind, stage, microbatch, begin, self.clock.now()))
 
     def take(self) -> list[Span]:
         """What was noted since the last call, in the order of its end."""
         seconds = self.clock.seconds
-        spans = [Span(action, seconds(begin), seconds(end)) for action, begin, end in self._noted]
+        spans = [Span(Action(*action), seconds(begin), seconds(end)) for *action, begin, end in self._noted]
         self._noted.clear()
         return spans
 
@@ -116,23 +110,25 @@ class SleepingStage(nn.Module):
         self.weight_gradients: WeightGradientStore | None = None
         self.weight = nn.Parameter(torch.zeros(hidden_size, device=recorder.clock.device))
 
-    @contextlib.contextmanager
-    def action(self, kind: Kind, microbatch: int) -> Iterator[None]:
-        with self.recorder.action(kind, self.number, microbatch):
-            yield
-            self.recorder.clock.sleep(self.seconds[kind])
+    def sleep(self, kind: Kind, microbatch: int, begin: Moment) -> None:
+        """End an action that began then. Only what cannot be spared is done after a sleep: it finds cold caches."""
+        self.recorder.clock.sleep(self.seconds[kind])
+        self.recorder.note(kind, self.number, microbatch, begin)
 
     def add_weight_gradient(self, microbatch: int, gradient: Tensor) -> None:
-        with self.action(Kind.W, microbatch):
-            gradient = gradient.flatten(0, -2).sum(0)
-            self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
+        begin = self.recorder.clock.now()
+        gradient = gradient.flatten(0, -2).sum(0)
+        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad + gradient
+        self.sleep(Kind.W, microbatch, begin)
 
     def forward(self, activations: tuple[Tensor, ...], microbatch: Microbatch) -> StageOutput:
+        begin = self.recorder.clock.now()
         index, first_input = microbatch
-        with self.action(Kind.F, index):
-            given = activations[0] if activations else first_input.clone().requires_grad_()
-            output = _Sleep.apply(given, self, index).view_as(given)  # as layers end, in an operation of torch's own
-            return StageOutput(losses=(output.mean(),)) if self.is_last else StageOutput((output,))
+        given = activations[0] if activations else first_input.clone().requires_grad_()
+        activation = _Sleep.apply(given, self, index).view_as(given)  # as layers end, in an operation of torch's own
+        output = StageOutput(losses=(activation.mean(),)) if self.is_last else StageOutput((activation,))
+        self.sleep(Kind.F, index, begin)
+        return output
 
 
 class _Sleep(torch.autograd.Function):
@@ -144,10 +140,12 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         stage, microbatch = ctx.stage, ctx.microbatch
-        with stage.action(Kind.I, microbatch):
-            work = partial(stage.add_weight_gradient, microbatch, gradient)
-        stage.weight_gradients.add(work)
-        return gradient, None, None
+        begin = stage.recorder.clock.now()
+        of_input = gradient.clone()  # as of a layer, a new tensor
+        work = partial(stage.add_weight_gradient, microbatch, gradient)
+        stage.sleep(Kind.I, microbatch, begin)
+        stage.weight_gradients.add(work)  # which runs it now, in a B
+        return of_input, None, None
 
 
 class GatedLayer(nn.Module):
@@ -181,11 +179,12 @@ class GatedStage(nn.Module):
         self._weights_began: Moment | None = None
 
     def forward(self, activations: tuple[Tensor, ...], microbatch: Microbatch) -> StageOutput:
+        begin = self.recorder.clock.now()
         index, first_input = microbatch
-        with self.recorder.action(Kind.F, self.number, index):
-            given = activations[0] if activations else first_input.clone().requires_grad_()
-            inner = self.layers(_Mark.apply(given, partial(self._end_backward, index)))
-            output = _Mark.apply(inner, self._begin_backward)
+        given = activations[0] if activations else first_input.clone().requires_grad_()
+        inner = self.layers(_Mark.apply(given, partial(self._end_backward, index)))
+        output = _Mark.apply(inner, self._begin_backward)
+        self.recorder.note(Kind.F, self.number, index, begin)
         return StageOutput(losses=(output.mean(),)) if self.is_last else StageOutput((output,))
 
     def _begin_backward(self) -> None:
@@ -198,7 +197,7 @@ class GatedStage(nn.Module):
         split = self._weights_began is None
         self.weight_gradients.add(partial(self._end_weights, microbatch))
         kind = Kind.I if split else Kind.B
-        self.recorder.note(kind, self.number, microbatch, self._backward_began, self.recorder.clock.now())
+        self.recorder.note(kind, self.number, microbatch, self._backward_began)
         self._backward_began = None
 
     def _begin_weights(self) -> None:
@@ -207,8 +206,7 @@ class GatedStage(nn.Module):
 
     def _end_weights(self, microbatch: int) -> None:
         if self._backward_began is None:
-            end = self.recorder.clock.now()
-            self.recorder.note(Kind.W, self.number, microbatch, self._weights_began, end)
+            self.recorder.note(Kind.W, self.number, microbatch, self._weights_began)
         self._weights_began = None
 
 

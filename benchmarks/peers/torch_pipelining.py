@@ -12,10 +12,9 @@ twice under zero bubble. On stage 0 torch does nothing in I, and sleeps for I an
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 from benchmarks.pipeline_rank import argument_parser, finish, microbatches, say, start
-from benchmarks.pipeline_stages import Clock, Recorder, rates, time_steps
+from benchmarks.pipeline_stages import Clock, Moment, Recorder, rates, time_steps
 from r1mega.pipeline.actions import Action, Kind, Overlap, Table
 from r1mega.pipeline.costs import Costs
 from r1mega.pipeline.simulator import simulate
@@ -52,16 +51,17 @@ class SleepingStage(nn.Module):
         self.seconds = dict(zip((Kind.F, Kind.I, Kind.W), seconds, strict=True))
         self.weight = nn.Parameter(torch.zeros(hidden_size, device=recorder.clock.device))
 
-    @contextlib.contextmanager
-    def action(self, kind: Kind) -> Iterator[None]:
-        with self.recorder.action(kind, self.number, 0):
-            yield
-            self.recorder.clock.sleep(self.seconds[kind])
+    def sleep(self, kind: Kind, begin: Moment) -> None:
+        """End an action that began then."""
+        self.recorder.clock.sleep(self.seconds[kind])
+        self.recorder.note(kind, self.number, 0, begin)
 
     def forward(self, x: Tensor) -> Tensor:
-        with self.action(Kind.F):
-            given = x if x.requires_grad else x.detach().requires_grad_()
-            return _SleepInput.apply(given, self) + _SleepWeight.apply(self.weight, x.shape, self)
+        begin = self.recorder.clock.now()
+        given = x if x.requires_grad else x.detach().requires_grad_()
+        output: Tensor = _SleepInput.apply(given, self) + _SleepWeight.apply(self.weight, x.shape, self)
+        self.sleep(Kind.F, begin)
+        return output
 
 
 class _SleepInput(torch.autograd.Function):
@@ -72,8 +72,8 @@ class _SleepInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.stage.action(Kind.I):
-            return gradient, None
+        ctx.stage.sleep(Kind.I, ctx.stage.recorder.clock.now())
+        return gradient, None
 
 
 class _SleepWeight(torch.autograd.Function):
@@ -84,8 +84,10 @@ class _SleepWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.stage.action(Kind.W):
-            return gradient.flatten(0, -2).sum(0), None, None
+        begin = ctx.stage.recorder.clock.now()
+        gradient = gradient.flatten(0, -2).sum(0)
+        ctx.stage.sleep(Kind.W, begin)
+        return gradient, None, None
 
 
 def stage_numbers(name: str, rank: int, num_ranks: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -21,7 +21,8 @@ from r1mega.pipeline.transfers import Message, Program, Step, programs
 from r1mega.pipeline.transport import PeerError, ProcessGroupTransport, Transport
 from r1mega.pipeline.weight_gradient import WeightGradientStore, split_weight_gradients
 
-Act = Generator[None, None, tuple[Tensor, ...]]
+Tensors = tuple[Tensor, ...]
+Act = Generator[None, None, Tensors]
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class _Saved:
     inputs: list[Tensor]
     activations: list[GradientEdge | None]
     losses: list[Tensor]
-    parts: list[Part]
+    parts: Sequence[Part]
 
 
 class _RandomState:
@@ -200,28 +201,25 @@ class PipelineExecutor:
             self._give(step.gives, tensors)
 
     def _act(
-        self, action: Action, taken: tuple[Tensor, ...], microbatches: Sequence[Any], metrics: dict[str, Tensor]
-    ) -> Act:
-        """Do ``action`` with what it took, pausing while a communication inside a stage is under way."""
+        self, action: Action, taken: Tensors, microbatches: Sequence[Any], metrics: dict[str, Tensor]
+    ) -> Tensors | Act:
+        """Do ``action`` with what it took; its result, or what does it, pausing while a communication is under way."""
         kind, stage, microbatch = action
         if kind is Kind.F:
-            return (yield from self._forward(action, taken, microbatches[microbatch], metrics))
-        if kind is Kind.B:
-            return (yield from self._backward(action, taken))
-        if kind is Kind.I:
-            with self.weight_gradients.deferred(stage, microbatch):
-                return (yield from self._backward(action, taken))
-        if kind is Kind.C:
-            yield from self._compute_again(action, microbatches[microbatch], metrics)
-        elif kind is Kind.W:
+            return self._forward(action, taken, microbatches[microbatch], metrics)
+        if kind is Kind.B or kind is Kind.I:
+            return self._backward(action, taken)
+        if kind is Kind.W:
             self.weight_gradients.run(stage, microbatch)
+        elif kind is Kind.C:
+            self._compute_again(action, microbatches[microbatch], metrics)
         elif kind is Kind.R and self._reduce_gradients is not None:
             self._reduce_gradients(stage)
         elif kind is Kind.O and self._optimizer_step is not None:
             self._optimizer_step(stage)
         return ()
 
-    def _forward(self, action: Action, inputs: tuple[Tensor, ...], microbatch: Any, metrics: dict[str, Tensor]) -> Act:
+    def _forward(self, action: Action, inputs: Tensors, microbatch: Any, metrics: dict[str, Tensor]) -> Tensors | Act:
         key, stage = action[1:], self.stages[action.stage]
         if not torch.is_grad_enabled():
             output = stage(inputs, microbatch)
@@ -235,29 +233,44 @@ class PipelineExecutor:
                 output = stage(inputs, microbatch)
             # without a graph nobody knows yet which of them need a gradient
             return tuple(t.detach().requires_grad_(t.is_floating_point()) for t in output.activations)
-        return (yield from self._compute(key, inputs, microbatch, metrics))
+        return self._compute(key, inputs, microbatch, metrics)
 
-    def _compute_again(self, action: Action, microbatch: Any, metrics: dict[str, Tensor]) -> Act:
+    def _compute_again(self, action: Action, microbatch: Any, metrics: dict[str, Tensor]) -> None:
         key = action[1:]
         inputs, random_state = self._inputs.pop(key)
         with random_state.restored():
-            return (yield from self._compute(key, inputs, microbatch, metrics))
+            _finish(self._compute(key, inputs, microbatch, metrics))
 
     def _compute(
-        self, key: tuple[int, int], inputs: tuple[Tensor, ...], microbatch: Any, metrics: dict[str, Tensor]
-    ) -> Act:
+        self, key: tuple[int, int], inputs: Tensors, microbatch: Any, metrics: dict[str, Tensor]
+    ) -> Tensors | Act:
         """The forward with a graph, which ends where the stage communicates if backwards are to run beside forwards."""
         stage = self.stages[key[0]]
-        parts: list[Part] = []
-        losses: tuple[Tensor, ...] = ()
-        self.weight_gradients.will_split = key in self._split
         if self._overlaps and getattr(stage, "can_step", False):
-            output, parts, losses = yield from in_parts(stage(inputs, microbatch, stepwise=True))
-        else:
-            output = stage(inputs, microbatch)
+            return self._compute_in_parts(key, inputs, microbatch, metrics)
+        self.weight_gradients.will_split = key in self._split
+        return self._save(key, inputs, stage(inputs, microbatch), metrics)
+
+    def _compute_in_parts(
+        self, key: tuple[int, int], inputs: Tensors, microbatch: Any, metrics: dict[str, Tensor]
+    ) -> Act:
+        self.weight_gradients.will_split = key in self._split
+        output, parts, losses = yield from in_parts(self.stages[key[0]](inputs, microbatch, stepwise=True))
+        return self._save(key, inputs, output, metrics, parts, losses)
+
+    def _save(
+        self,
+        key: tuple[int, int],
+        inputs: Tensors,
+        output: StageOutput,
+        metrics: dict[str, Tensor],
+        parts: Sequence[Part] = (),
+        losses: Tensors = (),
+    ) -> Tensors:
+        """Keep what the backward needs; the activations."""
         # every floating-point activation of a forward computed again will get a gradient, even one that needs none
         again = key in self._recomputed
-        announced = (t for t in output.activations if t.requires_grad or (again and t.is_floating_point()))
+        announced = [t for t in output.activations if t.requires_grad or (again and t.is_floating_point())]
         self._saved[key] = _Saved(
             [tensor for tensor in inputs if tensor.requires_grad],
             [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in announced],
@@ -267,15 +280,30 @@ class PipelineExecutor:
         _add_metrics(metrics, output.metrics)
         return output.activations
 
-    def _backward(self, action: Action, gradients: tuple[Tensor, ...]) -> Act:
-        saved = self._saved.pop(action[1:])
-        # checkpoints inside a stage compute it again in its backward, and must find what the forward found
-        self.weight_gradients.will_split = action[1:] in self._split
+    def _backward(self, action: Action, gradients: Tensors) -> Tensors | Act:
+        key = action[1:]
+        saved = self._saved.pop(key)
         assert len(gradients) == len(saved.activations), f"{action}: the last stage must not return activations"
         pairs = zip(saved.activations, gradients, strict=True)
-        backward([(edge, gradient) for edge, gradient in pairs if edge is not None] + [(x, None) for x in saved.losses])
-        yield from backward_of_parts(saved.parts)
+        roots = [(edge, gradient) for edge, gradient in pairs if edge is not None] + [(x, None) for x in saved.losses]
+        if saved.parts:
+            return self._backward_in_parts(action, saved, roots)
+        # checkpoints inside a stage compute it again in its backward, and must find what the forward found
+        self.weight_gradients.will_split = key in self._split
+        with self._deferred(action):
+            backward(roots)
         return tuple(gradient_or_zeros(tensor) for tensor in saved.inputs)
+
+    def _backward_in_parts(self, action: Action, saved: _Saved, roots: Sequence[tuple[Any, Tensor | None]]) -> Act:
+        self.weight_gradients.will_split = action[1:] in self._split
+        with self._deferred(action):
+            backward(roots)
+            yield from backward_of_parts(saved.parts)
+        return tuple(gradient_or_zeros(tensor) for tensor in saved.inputs)
+
+    def _deferred(self, action: Action) -> AbstractContextManager[None]:
+        """Keeps the weight gradients of an I for its W."""
+        return self.weight_gradients.deferred(*action[1:]) if action.kind is Kind.I else nullcontext()
 
     def _take(self, step: Step) -> tuple[Tensor, ...]:
         message = step.takes
@@ -312,27 +340,21 @@ def _device_of(stages: Iterable[nn.Module], group: dist.ProcessGroup) -> torch.d
     return torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
 
 
-def _finish(act: Act) -> tuple[Tensor, ...]:
-    """Run it to its end; its result."""
-    try:
-        while True:
-            next(act)
-    except StopIteration as end:
-        result: tuple[Tensor, ...] = end.value
-        return result
+def _finish(act: Tensors | Act) -> Tensors:
+    """Its result, once it has run to its end."""
+    return act if isinstance(act, tuple) else _alternate([act])[0]
 
 
-def _alternate(acts: list[Act]) -> list[tuple[Tensor, ...]]:
-    """Run all of them, each until it pauses, in turn; their results."""
-    results: dict[int, tuple[Tensor, ...]] = {}
-    while len(results) < len(acts):
-        for number, act in enumerate(acts):
-            if number not in results:
-                try:
-                    next(act)
-                except StopIteration as end:
-                    results[number] = end.value
-    return [results[number] for number in range(len(acts))]
+def _alternate(acts: Sequence[Tensors | Act]) -> list[Tensors]:
+    """Run those that pause, each until it does, in turn; the results of all."""
+    results: dict[int, Any] = dict(enumerate(acts))
+    while pausing := {number: act for number, act in results.items() if not isinstance(act, tuple)}:
+        for number, act in pausing.items():
+            try:
+                next(act)
+            except StopIteration as end:
+                results[number] = end.value
+    return list(results.values())
 
 
 def _add_metrics(metrics: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

@@ -36,7 +36,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     milliseconds = "/".join(f"{number:g}" for number in settings["milliseconds"])
     figure.suptitle(
         f"Pipeline schedules on {settings['ranks']} ranks, {settings['microbatches']} microbatches; "
-        f"sleeping stages: F/I/W {milliseconds} ms a rank. {content['machine']}, torch {content['versions']['torch']}",
+        f"sleeping stages: F/I/W {milliseconds} ms a stage. {content['machine']}, torch {content['versions']['torch']}",
         fontsize=9.5, color=QUIET, x=0.01, ha="left",
     )  # fmt: skip
     _legend(figure, bool(timed) and any("torch" in line for line in timed.values()))

@@ -6,10 +6,10 @@
     python benchmarks/pipeline_bubble.py --output benchmarks/results/pipeline_bubble.json --png bubble.png
 
 Three parts (--parts):
-  sleeping   r1mega's executor over processes, with stages that sleep instead of computing: F, I and W of a rank take
-             the given milliseconds, a B takes I and W, and a stage that is half of a rank takes half. So four ranks
-             show their true bubble even on two cores. torch.distributed.pipelining runs the same sleeps in the
-             schedules that it has; each side is held against the simulation of its own table.
+  sleeping   r1mega's executor over processes, with stages that sleep instead of computing: F, I and W of every stage
+             take the given milliseconds, a B takes I and W. So four ranks show their true bubble even on two cores.
+             torch.distributed.pipelining runs the same sleeps in the schedules that it has; each side is held against
+             the simulation of its own table.
   counted    the bytes that each rank holds for backward at its peak (saved tensors, and what deferred weight gradients
              keep) with stages of gated layers, beside the simulated peak times the bytes of one microbatch.
   computing  the bubble with these layers, at their real speed. No more ranks than cores or GPUs, so that each has its
@@ -81,9 +81,7 @@ def sleeping(options: argparse.Namespace, progress: Progress) -> dict[str, dict]
         theirs = run_program(TORCH, options.ranks, [*times, *_common(options, both)], RUN_SECONDS, progress=True)
     found = {}
     for name in options.schedules:
-        table = make_table(name, options.ranks, options.microbatches)
-        part = table.num_ranks / table.stages_per_copy
-        seconds = {kind: part * ms / 1e3 for kind, ms in zip("FIW", options.milliseconds, strict=True)}
+        seconds = {kind: milliseconds / 1e3 for kind, milliseconds in zip("FIW", options.milliseconds, strict=True)}
         simulation = of_rank(name, options.ranks, options, seconds)
         found[name] = {"simulated": _rates(simulation), "r1mega": ours[name]}
         if name in theirs:
@@ -272,7 +270,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ranks", type=int, default=4, help="of the pipeline (default: %(default)s)")
     add("--microbatches", type=int, default=8, help="of a step (default: %(default)s)")
-    times_help = "how long a rank sleeps for one microbatch (default: 40 40 40)"
+    times_help = "how long a stage sleeps for one microbatch (default: 40 40 40)"
     add("--milliseconds", type=float, nargs=3, default=[40.0, 40.0, 40.0], metavar=("F", "I", "W"), help=times_help)
     schedules_help = f"of {' '.join(SCHEDULES)} (default: all that can run)"
     add("--schedules", nargs="+", metavar="NAME", help=schedules_help)

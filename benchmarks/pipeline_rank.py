@@ -34,7 +34,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--schedules", nargs="+", required=True, help="in r1mega's names")
     add("--microbatches", type=int, default=8, help="of a step (default: %(default)s)")
-    add("--milliseconds", type=float, nargs=3, default=(40, 40, 40), metavar=("F", "I", "W"), help="sleep of a rank")
+    add("--milliseconds", type=float, nargs=3, default=(40, 40, 40), metavar=("F", "I", "W"), help="sleep of a stage")
     add("--num_steps", type=int, default=5, help="timed steps of each schedule (default: %(default)s)")
     add("--num_warmup", type=int, default=1, help="steps before them (default: %(default)s)")
     add("--tokens", type=int, default=64, help="rows of the tensors that travel (default: %(default)s)")
@@ -80,7 +80,7 @@ def microbatches(arguments: argparse.Namespace, device: torch.device) -> list[Mi
 def stages_of(
     table: Table, arguments: argparse.Namespace, recorder: Recorder, num_layers: int | None
 ) -> dict[int, nn.Module]:
-    """This rank's stages. Ranks have equal work: stages are parts of a rank's share of the model.
+    """This rank's stages. Where they compute, they are parts of a rank's share of the model.
 
     Args:
         table: the schedule.
@@ -88,15 +88,14 @@ def stages_of(
         recorder: is told of the actions.
         num_layers: layers of a rank's share of the model; None for stages that sleep.
     """
-    part = table.num_ranks / table.stages_per_copy
     stages: dict[int, nn.Module] = {}
     for number in table.stages_of(dist.get_rank()):
         is_last = table.next_stage(number) is None
         if num_layers is None:
-            seconds = [part * milliseconds / 1e3 for milliseconds in arguments.milliseconds]
+            seconds = [milliseconds / 1e3 for milliseconds in arguments.milliseconds]
             stages[number] = SleepingStage(number, is_last, seconds, arguments.hidden_size, recorder)
         else:
-            layers = round(num_layers * part)
+            layers = num_layers * table.num_ranks // table.stages_per_copy
             stages[number] = GatedStage(number, is_last, layers, arguments.hidden_size, arguments.width, recorder)
     return stages
 

@@ -101,7 +101,7 @@ def measure(name: str, arguments: argparse.Namespace, recorder: Recorder) -> dic
     """Time one schedule; the result is whole on rank 0 only. Raises ValueError where torch refuses it."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     torch_name, chunks = SCHEDULES[name]
-    seconds = [milliseconds / chunks / 1e3 for milliseconds in arguments.milliseconds]
+    seconds = [milliseconds / 1e3 for milliseconds in arguments.milliseconds]
     device = recorder.clock.device
     stages = [
         PipelineStage(

@@ -17,7 +17,7 @@
 namespace r1mega {
 namespace {
 
-constexpr int kInterface = 7;                  // r1mega/kernels/native.py wants the same; raise both together
+constexpr int kInterface = 8;                  // r1mega/kernels/native.py wants the same; raise both together
 constexpr int64_t kElementsOfThread = 1 << 16;  // less work is not worth a thread
 
 const Kernels* best_kernels() {
@@ -157,10 +157,19 @@ void copy_rows(Pointer input, Pointer row_of_choice, Pointer out, int64_t num_to
 }
 
 template <class T>
-void sum_rows(Pointer rows, Pointer row_of_choice, Pointer out, int64_t num_tokens, int top_k, int64_t width,
-              int threads) {
+void sum_rows(Pointer rows, Pointer row_of_choice, Pointer weights, Pointer out, int64_t num_tokens, int top_k,
+              int64_t width, int threads) {
   share(num_tokens, top_k * width, threads, [&](int64_t begin, int64_t end) {
-    typed<T>().sum_rows(at<T>(rows), at<int64_t>(row_of_choice), at<T>(out), top_k, width, begin, end);
+    typed<T>().sum_rows(at<T>(rows), at<int64_t>(row_of_choice), at<T>(weights), at<T>(out), top_k, width, begin, end);
+  });
+}
+
+template <class T>
+void sum_rows_backward(Pointer grad, Pointer rows, Pointer row_of_choice, Pointer weights, Pointer grad_rows,
+                       Pointer grad_weights, int64_t num_tokens, int top_k, int64_t width, int threads) {
+  share(num_tokens, 2 * top_k * width, threads, [&](int64_t begin, int64_t end) {
+    typed<T>().sum_rows_backward(at<T>(grad), at<T>(rows), at<int64_t>(row_of_choice), at<T>(weights),
+                                 at<T>(grad_rows), at<T>(grad_weights), top_k, width, begin, end);
   });
 }
 
@@ -257,6 +266,7 @@ void define_typed(pybind11::module_& m, const std::string& suffix) {
   m.def(("route_backward_" + suffix).c_str(), &route_backward<T>, without_gil);
   m.def(("chosen_backward_" + suffix).c_str(), &chosen_backward<T>, without_gil);
   m.def(("sum_rows_" + suffix).c_str(), &sum_rows<T>, without_gil);
+  m.def(("sum_rows_backward_" + suffix).c_str(), &sum_rows_backward<T>, without_gil);
   m.def(("swiglu_" + suffix).c_str(), &swiglu<T>, without_gil);
   m.def(("swiglu_backward_" + suffix).c_str(), &swiglu_backward<T>, without_gil);
   m.def(("rms_norm_" + suffix).c_str(), &rms_norm<T>, without_gil);

@@ -248,42 +248,68 @@ void copy_rows(const char* input, const int64_t* row_of_choice, char* out, int t
 #endif
 }
 
-// out (+)= the sum of up to four rows, added one after the other.
+// out (+)= the sum of up to four rows, each times its weight, added one after the other.
 template <class T, int count, bool adds>
-void sum_few(const T* const* rows, T* __restrict out, int64_t width) {
+void sum_few(const T* const* rows, const T* weights, T* __restrict out, int64_t width) {
 #pragma omp simd
   for (int64_t h = 0; h < width; ++h) {
-    T sum = adds ? out[h] + rows[0][h] : rows[0][h];
-    if (count > 1) sum += rows[1][h];
-    if (count > 2) sum += rows[2][h];
-    if (count > 3) sum += rows[3][h];
+    T sum = adds ? out[h] + weights[0] * rows[0][h] : weights[0] * rows[0][h];
+    if (count > 1) sum += weights[1] * rows[1][h];
+    if (count > 2) sum += weights[2] * rows[2][h];
+    if (count > 3) sum += weights[3] * rows[3][h];
     out[h] = sum;
   }
 }
 
 template <class T>
-void sum_rows(const T* rows, const int64_t* row_of_choice, T* out, int top_k, int64_t width, int64_t begin,
-              int64_t end) {
-  using Sum = void (*)(const T* const*, T*, int64_t);
+void sum_rows(const T* rows, const int64_t* row_of_choice, const T* weights, T* out, int top_k, int64_t width,
+              int64_t begin, int64_t end) {
+  using Sum = void (*)(const T* const*, const T*, T*, int64_t);
   constexpr Sum sums[2][5] = {
       {nullptr, sum_few<T, 1, false>, sum_few<T, 2, false>, sum_few<T, 3, false>, sum_few<T, 4, false>},
       {nullptr, sum_few<T, 1, true>, sum_few<T, 2, true>, sum_few<T, 3, true>, sum_few<T, 4, true>}};
   for (int64_t t = begin; t < end; ++t) {
     const T* few[4];
+    T weights_of_few[4];
     int count = 0, adds = 0;
     for (int k = 0; k < top_k; ++k) {
-      const int64_t row = row_of_choice[t * top_k + k];
-      if (row >= 0) few[count++] = rows + row * width;
+      const int64_t choice = t * top_k + k, row = row_of_choice[choice];
+      if (row >= 0) {
+        weights_of_few[count] = weights ? weights[choice] : T(1);
+        few[count++] = rows + row * width;
+      }
       if (count == 4) {
-        sums[adds][count](few, out + t * width, width);
+        sums[adds][count](few, weights_of_few, out + t * width, width);
         count = 0;
         adds = 1;
       }
     }
     if (count) {
-      sums[adds][count](few, out + t * width, width);
+      sums[adds][count](few, weights_of_few, out + t * width, width);
     } else if (!adds) {
       memset(out + t * width, 0, width * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+void sum_rows_backward(const T* grad, const T* rows, const int64_t* row_of_choice, const T* weights, T* grad_rows,
+                       T* grad_weights, int top_k, int64_t width, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    const T* d = grad + t * width;
+    for (int k = 0; k < top_k; ++k) {
+      const int64_t choice = t * top_k + k, row = row_of_choice[choice];
+      T dot = 0;
+      if (row >= 0) {
+        const T *r = rows + row * width, w = weights[choice];
+        T* __restrict dr = grad_rows + row * width;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t h = 0; h < width; ++h) {
+          dot += d[h] * r[h];
+          dr[h] = w * d[h];
+        }
+      }
+      grad_weights[choice] = dot;
     }
   }
 }
@@ -454,7 +480,7 @@ constexpr void (*product)(const Product<T>&, int64_t, int64_t) = nullptr;
 
 template <class T>
 constexpr TypedKernels<T> typed() {
-  return {choose<T>,   route_backward<T>, chosen_backward<T>,   sum_rows<T>,        swiglu<T>,
+  return {choose<T>, route_backward<T>, chosen_backward<T>, sum_rows<T>, sum_rows_backward<T>, swiglu<T>,
           swiglu_backward<T>, rms_norm<T>, rms_norm_backward<T>, rotate<T>,
           policy_statistics<T>, policy_gradient<T>, product<T>};
 }

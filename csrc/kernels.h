@@ -50,9 +50,13 @@ struct TypedKernels {
   // The same from the scores of the chosen experts [T, K], where the weights depend on no others.
   void (*chosen_backward)(const T* grad_weights, const T* chosen_scores, const int64_t* experts, T* grad_logits,
                           const RouteOptions& options, int64_t begin, int64_t end);
-  // out[t] = sum over k of rows[row_of_choice[t][k]], in the order of k; a negative row is left out.
-  void (*sum_rows)(const T* rows, const int64_t* row_of_choice, T* out, int top_k, int64_t width, int64_t begin,
-                   int64_t end);
+  // out[t] = sum over k of weights[t][k] * rows[row_of_choice[t][k]], in the order of k; a negative row is left out, and
+  // without weights they are 1.
+  void (*sum_rows)(const T* rows, const int64_t* row_of_choice, const T* weights, T* out, int top_k, int64_t width,
+                   int64_t begin, int64_t end);
+  // The gradients of those rows and weights from grad [T, H]; the row that no choice owns is not written.
+  void (*sum_rows_backward)(const T* grad, const T* rows, const int64_t* row_of_choice, const T* weights, T* grad_rows,
+                            T* grad_weights, int top_k, int64_t width, int64_t begin, int64_t end);
   // out = silu(gate) * up * weight[row]; weight may be null. Rows of gate and up are `stride` apart.
   void (*swiglu)(const T* gate, const T* up, int64_t stride, const T* weight, T* out, int64_t width, int64_t begin,
                  int64_t end);

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from r1mega.kernels import check, native, triton
 from r1mega.kernels.fake import is_fake
-from r1mega.kernels.permute import RowMap, _copy_weights, _sum_rows, copy_rows, reference_sum_rows
+from r1mega.kernels.permute import RowMap, _copy_weights, copy_rows, sum_rows
 
 
 def combine(rows_RH: Tensor, row_map: RowMap, weights_TK: Tensor | None = None) -> Tensor:
@@ -44,7 +44,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RH, row_map):
         ctx.row_map = row_map
-        return _sum_rows(rows_RH, row_map)
+        return sum_rows(rows_RH, row_map)
 
     @staticmethod
     def backward(ctx, grad_TH):
@@ -56,37 +56,28 @@ class _WeightedCombine(torch.autograd.Function):
     def forward(ctx, rows_RH, weights_TK, row_map):
         ctx.save_for_backward(rows_RH, weights_TK)
         ctx.row_map = row_map
-        if is_fake(rows_RH):
-            return rows_RH.new_empty(weights_TK.shape[0], rows_RH.shape[1])
-        if _in_one_pass(rows_RH, weights_TK):
-            from r1mega.kernels.triton.combine import sum_rows
-
-            return sum_rows(rows_RH.contiguous(), row_map.row_of_choice.contiguous(), weights_TK.contiguous())
-        return reference_weighted_sum(rows_RH, weights_TK, row_map)
+        return sum_rows(rows_RH, row_map, weights_TK)
 
     @staticmethod
     def backward(ctx, grad_TH):
-        rows_RH, weights_TK = ctx.saved_tensors
+        rows_RH, weights_TK = (tensor.contiguous() for tensor in ctx.saved_tensors)
         row_map = ctx.row_map
+        if native.takes(grad_TH, rows_RH, weights_TK):
+            grad_rows = native.empty(rows_RH.shape, rows_RH)
+            if row_map.padded:
+                grad_rows.zero_()
+            given = grad_TH.contiguous(), rows_RH, row_map.row_of_choice, weights_TK
+            made = grad_rows, torch.empty_like(weights_TK)
+            native.call("sum_rows_backward", rows_RH, *given, *made, *weights_TK.shape, rows_RH.shape[1])
+            return *made, None
         if is_fake(rows_RH):
             return torch.empty_like(rows_RH), torch.empty_like(weights_TK), None
-        if _in_one_pass(grad_TH, rows_RH, weights_TK):
+        if triton.takes(grad_TH, rows_RH, weights_TK):
             from r1mega.kernels.triton.combine import weighted_backward
 
-            rows = row_map.row_of_choice.contiguous()
-            given = grad_TH.contiguous(), rows_RH.contiguous(), rows, weights_TK.contiguous()
+            given = grad_TH.contiguous(), rows_RH, row_map.row_of_choice.contiguous(), weights_TK
             return *weighted_backward(*given, row_map.padded), None
         return *reference_weighted_backward(grad_TH, rows_RH, weights_TK, row_map), None
-
-
-def _in_one_pass(*tensors: Tensor) -> bool:
-    return triton.takes(*tensors) and not native.takes(*tensors)
-
-
-def reference_weighted_sum(rows_RH: Tensor, weights_TK: Tensor, row_map: RowMap) -> Tensor:
-    """:func:`combine` with weights in PyTorch's operations."""
-    wide = torch.promote_types(rows_RH.dtype, weights_TK.dtype)
-    return reference_sum_rows(rows_RH.to(wide), row_map, weights_TK.to(wide)).to(rows_RH.dtype)
 
 
 def reference_weighted_backward(

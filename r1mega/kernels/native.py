@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-INTERFACE = 7  # the extension's functions and their arguments; bind.cpp has the same number
+INTERFACE = 8  # the extension's functions and their arguments; bind.cpp has the same number
 SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
 PLAIN = (Tensor, torch.nn.Parameter)
 # From this size on, copied rows go past the cache: they would push out what is needed sooner.

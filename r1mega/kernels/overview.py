@@ -55,10 +55,7 @@ OPERATIONS = (
         on_cpu="all tokens are one tile",
     ),
     Operation("permute", "permute", "token rows to expert order", (CPP, CUDA, TRITON, PYTORCH)),
-    Operation(
-        "combine", "combine", "the sum of each token's rows", (CPP, TRITON, PYTORCH),
-        on_cpu="without weights; with them PyTorch's embedding_bag",
-    ),
+    Operation("combine", "combine", "the sum of each token's rows, weighted or not", (CPP, TRITON, PYTORCH)),
     Operation("swiglu", "swiglu", "silu(gate) * up", (CPP, TRITON, PYTORCH)),
     Operation("weighted_swiglu", "swiglu", "silu(gate) * up * the router's weight", (CPP, TRITON, PYTORCH)),
     Operation(

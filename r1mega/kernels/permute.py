@@ -118,7 +118,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RH, grad_R):
         row_map = ctx.row_map
-        grad_input = None if grad_RH is None else _sum_rows(grad_RH, row_map)
+        grad_input = None if grad_RH is None else sum_rows(grad_RH, row_map)
         grad_weights = None
         if grad_R is not None:
             rows = row_map.row_of_choice
@@ -223,32 +223,38 @@ def reference_copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
     return copied.index_fill_(0, (token_of_row < 0).nonzero().flatten(), 0)
 
 
-def _sum_rows(rows_RH: Tensor, row_map: RowMap) -> Tensor:
+def sum_rows(rows_RH: Tensor, row_map: RowMap, weights_TK: Tensor | None = None) -> Tensor:
+    """``[T, H]``: the sum of the rows that each token's choices own, each times its weight; not differentiable."""
     num_tokens, top_k = row_map.row_of_choice.shape
-    if native.takes(rows_RH):
-        rows_RH = rows_RH.contiguous()
-        out = native.empty((num_tokens, rows_RH.shape[1]), rows_RH)
-        native.call("sum_rows", rows_RH, rows_RH, row_map.row_of_choice, out, num_tokens, top_k, rows_RH.shape[1])
+    if native.takes(rows_RH, weights_TK):
+        rows_RH, weights_TK = rows_RH.contiguous(), None if weights_TK is None else weights_TK.contiguous()
+        width = rows_RH.shape[1]
+        out = native.empty((num_tokens, width), rows_RH)
+        native.call("sum_rows", rows_RH, rows_RH, row_map.row_of_choice, weights_TK, out, num_tokens, top_k, width)
         return out
     if is_fake(rows_RH):
         return rows_RH.new_empty(num_tokens, rows_RH.shape[1])
-    if triton.takes(rows_RH):
-        from r1mega.kernels.triton.combine import sum_rows
+    if triton.takes(rows_RH, weights_TK):
+        from r1mega.kernels.triton.combine import sum_rows as by_triton
 
-        return sum_rows(rows_RH.contiguous(), row_map.row_of_choice.contiguous())
-    return reference_sum_rows(rows_RH, row_map)
+        weights_TK = None if weights_TK is None else weights_TK.contiguous()
+        return by_triton(rows_RH.contiguous(), row_map.row_of_choice.contiguous(), weights_TK)
+    return reference_sum_rows(rows_RH, row_map, weights_TK)
 
 
 def reference_sum_rows(rows_RH: Tensor, row_map: RowMap, weights_TK: Tensor | None = None) -> Tensor:
-    """Row t of the result is the sum of the rows that the choices of token t own, each times its weight."""
-    rows = row_map.row_of_choice
+    """:func:`sum_rows` in PyTorch's operations; in the wider type of the two where there are weights."""
+    rows, dtype = row_map.row_of_choice, rows_RH.dtype
+    if weights_TK is not None:
+        wide = torch.promote_types(dtype, weights_TK.dtype)
+        rows_RH, weights_TK = rows_RH.to(wide), weights_TK.to(wide)
     # embedding_bag sums without writing the gathered rows; it wants one row at least.
     if rows_RH.shape[0] == 0 or rows.numel() == 0:
-        return rows_RH.new_zeros(rows.shape[0], rows_RH.shape[1])
+        return rows_RH.new_zeros(rows.shape[0], rows_RH.shape[1], dtype=dtype)
     rows_RH = rows_RH.contiguous()
     if not row_map.dropped:
-        return F.embedding_bag(rows, rows_RH, mode="sum", per_sample_weights=weights_TK)
+        return F.embedding_bag(rows, rows_RH, mode="sum", per_sample_weights=weights_TK).to(dtype)
     kept = rows >= 0
     first = kept.sum(1).cumsum(0) - kept.sum(1)
     weights = None if weights_TK is None else weights_TK[kept]
-    return F.embedding_bag(rows[kept], rows_RH, first, mode="sum", per_sample_weights=weights)
+    return F.embedding_bag(rows[kept], rows_RH, first, mode="sum", per_sample_weights=weights).to(dtype)

@@ -103,10 +103,14 @@ def test_at_random_sizes_all_is_as_by_the_reference(seed, monkeypatch):
         rows, row_weights, row_map = permute(x, choices.weights_TK, *decided[:3], first_row_NE=decided[3])
         summed, upstream = combine(rows, row_map), random(*row_weights.shape, dtype=dtype)
         gradients = torch.autograd.grad((row_weights, summed), (logits, x), (upstream, torch.ones_like(summed)))
+        leaves = rows.detach().requires_grad_(), choices.weights_TK.detach().requires_grad_()
+        weighted = combine(leaves[0], row_map, leaves[1])
+        of_weighted = torch.autograd.grad(weighted, leaves, random(*weighted.shape, dtype=dtype))
         exact = *decided, rows, row_map.row_of_choice
         # Where a score is NaN, so is the gradient of that expert if it was chosen; if not, it may be.
         of_logits = gradients[0][case.logits_TE.isfinite().all(1)]
-        close = choices.weights_TK, row_weights, choices.score_sums_E, summed, gradients[1], of_logits
+        sums = choices.score_sums_E, summed, weighted
+        close = choices.weights_TK, row_weights, *sums, gradients[1], of_logits, *of_weighted
         results.append((exact, close))
     (exact, close), (expected_exact, expected_close) = results
     assert all(torch.equal(*pair) for pair in zip(exact, expected_exact, strict=True)), case.name
@@ -341,7 +345,7 @@ def test_the_same_bits_twice_and_whatever_the_number_of_threads():
             x = random(3000, 96, dtype=torch.float32).requires_grad_()
             decided = choices.experts_TK, choices.ranks_TK, choices.counts_E
             rows, weights, row_map = permute(x, choices.weights_TK, *decided)
-            out = combine(rows.sin() * weights.unsqueeze(1), row_map)
+            out = combine(rows.sin() * weights.unsqueeze(1), row_map) + combine(rows.cos(), row_map, choices.weights_TK)
             results.append((*decided, out, *torch.autograd.grad(out.square().sum(), (x, logits))))
     finally:
         torch.set_num_threads(threads)

@@ -196,12 +196,24 @@ def test_shapes_and_types_of_every_operation_are_known_without_numbers(
     CHECKS[operation.name](Made(device, dtype))
 
 
-@pytest.mark.parametrize("capacity", [{}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "pad_to_capacity": True}])
-def test_a_whole_layer_runs_forward_and_backward_without_numbers(
-    capacity: dict, state: ParallelState, device: str
-) -> None:
-    config = MoEConfig(num_experts=8, top_k=2, ffn_hidden_size=16, num_groups=4, top_k_groups=2, **capacity)
+LAYERS = {
+    "dropless": {},
+    "dropped": {"capacity_factor": 1.0},
+    "padded": {"capacity_factor": 1.0, "pad_to_capacity": True},
+    "recomputed": {"recompute": True, "num_shared_experts": 1},
+    "with losses": {"aux_loss_coefficient": 0.1, "z_loss_coefficient": 0.1, "score_function": "softmax"},
+    "balanced by force": {"force_balance": True, "num_groups": 1, "top_k_groups": 1},
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_whole_layer_runs_forward_and_backward_without_numbers(kind: str, state: ParallelState, device: str) -> None:
+    groups = {"num_groups": 4, "top_k_groups": 2}
+    config = MoEConfig(num_experts=8, top_k=2, ffn_hidden_size=16, **(groups | LAYERS[kind]))
     layer = MoELayer(12, config, state, BF16, device)
     x = torch.empty(10, 12, dtype=BF16, device=device, requires_grad=True)
-    out, _ = layer(x, 10, 1)
-    check(out, (10, 12), BF16, x, *layer.parameters())
+    out, losses = layer(x, 10, 1)
+    assert len(losses) == 2 * (kind == "with losses")
+    loss = sum(losses.values(), out.float().sum())
+    check(out, (10, 12), BF16)
+    check(loss, (), F32, x, *layer.parameters())

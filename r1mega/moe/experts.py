@@ -6,6 +6,8 @@ Shapes: R routed rows, H hidden, E local experts, F expert width of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import Shard
 
 from r1mega.config import MoEConfig
+from r1mega.kernels.fake import is_fake
 from r1mega.kernels.grouped_swiglu import grouped_swiglu
 from r1mega.kernels.linear import Counts, grouped_linear
 from r1mega.kernels.parameter import WeightGradients
@@ -78,8 +81,10 @@ class Experts(nn.Module):
             return grouped_linear(hidden_RF, self.down_proj, counts, store)
 
 
-def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> saved_tensors_hooks:
+def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[Any]:
     """While inside, autograd keeps ``make`` in place of ``tensor``, and calls it when the backward wants the tensor."""
+    if is_fake(tensor):  # it has no address, and needs no memory
+        return nullcontext()
     address, shape = tensor.data_ptr(), tensor.shape
 
     def pack(saved: Tensor) -> object:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.launch import RunFailed, run_program  # noqa: E402
+from benchmarks.launch import RunFailed, ran_as_rank, run_program  # noqa: E402
 from benchmarks.timing import about  # noqa: E402
 from r1mega.files import write_whole  # noqa: E402
 from r1mega.kernels.route import RouteOptions, route  # noqa: E402
@@ -38,7 +37,7 @@ from r1mega.moe.dispatcher import AllToAllDispatcher, routing_of  # noqa: E402
 from r1mega.moe.exchanges import ToExperts, ToTokens  # noqa: E402
 from r1mega.moe.overlap import begin  # noqa: E402
 from r1mega.moe.router import Routing  # noqa: E402
-from r1mega.parallel_state import Layout, ParallelState  # noqa: E402
+from r1mega.parallel_state import ParallelState  # noqa: E402
 
 SIZES = {"tokens": 4096, "hidden": 512, "experts": 32, "top_k": 4}
 WIRES = ("model", "bfloat16", "float8")
@@ -151,13 +150,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    if "RANK" in os.environ:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        lines = measure(arguments, ParallelState(Layout(arguments.ranks, ep=arguments.ranks)))
-        if dist.get_rank() == 0:
-            print(json.dumps(lines), flush=True)
-        dist.destroy_process_group()
+    if ran_as_rank(lambda state: measure(arguments, state)):
         return 0
     try:
         lines = run_program("benchmarks.dispatcher", arguments.ranks, sys.argv[1:], LIMIT_SECONDS)

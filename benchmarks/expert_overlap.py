@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -264,21 +263,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    if "RANK" in os.environ:
-        import torch
-        import torch.distributed as dist
+    from benchmarks.launch import RunFailed, ran_as_rank, run_program
 
-        from r1mega.parallel_state import Layout, ParallelState
-
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        found = measure(arguments, ParallelState(Layout(RANKS, ep=RANKS)))
-        if dist.get_rank() == 0:
-            print(json.dumps(found), flush=True)
-        dist.destroy_process_group()
+    if ran_as_rank(lambda state: measure(arguments, state)):
         return 0
-    from benchmarks.launch import RunFailed, run_program
-
     try:
         found = run_program("benchmarks.expert_overlap", RANKS, sys.argv[1:], LIMIT_SECONDS)
     except RunFailed as error:

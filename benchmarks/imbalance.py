@@ -185,23 +185,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    if "RANK" in os.environ:
-        import torch
-        import torch.distributed as dist
-
-        from r1mega.parallel_state import Layout, ParallelState
-
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        lines = measure(arguments, ParallelState(Layout(arguments.ranks, ep=arguments.ranks)))
-        if dist.get_rank() == 0:
-            print(json.dumps(lines), flush=True)
-        dist.destroy_process_group()
-        return 0
-    from benchmarks.launch import RunFailed, run_program
+    from benchmarks.launch import RunFailed, ran_as_rank, run_program
     from benchmarks.timing import about
     from r1mega.files import write_whole
 
+    if ran_as_rank(lambda state: measure(arguments, state)):
+        return 0
     try:
         lines = run_program("benchmarks.imbalance", arguments.ranks, sys.argv[1:], LIMIT_SECONDS, progress=True)
     except RunFailed as error:

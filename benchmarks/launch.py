@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from r1mega.parallel_state import ParallelState
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,3 +50,27 @@ def run_program(module: str, num_ranks: int, arguments: list[str], limit_s: int,
     if process.returncode != 0:
         raise RunFailed(f"{' '.join(command)} ended with {process.returncode}:\n{(written or '')[-3000:]}")
     return json.loads(printed.strip().splitlines()[-1])
+
+
+def ran_as_rank(measure: Callable[[ParallelState], Any]) -> bool:
+    """Whether this process is one of :func:`run_program`'s; if so, its part is done.
+
+    Args:
+        measure: gets a layout whose ranks are all of one expert-parallel group, over gloo, with one thread each; what
+            it returns on rank 0 is printed as JSON.
+    """
+    if "RANK" not in os.environ:
+        return False
+    import torch
+    import torch.distributed as dist
+
+    from r1mega.parallel_state import Layout, ParallelState
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    num_ranks = dist.get_world_size()
+    found = measure(ParallelState(Layout(num_ranks, ep=num_ranks)))
+    if dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
+    dist.destroy_process_group()
+    return True

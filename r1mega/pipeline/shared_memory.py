@@ -94,8 +94,13 @@ class Link:
 
     def _call(self) -> None:
         # where the socket is full, the receiver has bytes to wake up by
-        with suppress(BlockingIOError):
+        try:
             self._socket.send(b"\0", socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            if not self._out.is_empty():  # a receiver that was awake may have taken the last message and gone
+                raise
 
     def _look_until(self, done: Callable[[], bool]) -> None:
         """Look again and again, ever more seldom: a receiver says nothing when it takes a message."""

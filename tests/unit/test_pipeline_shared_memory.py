@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -179,6 +180,27 @@ def test_what_a_dead_process_has_sent_is_received_and_then_its_end() -> None:
             send(b, number)
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_receiver_that_takes_the_last_message_and_goes_before_it_is_called_is_no_error(waits, monkeypatch) -> None:
+    monkeypatch.setattr(shared_memory, "SECONDS_BETWEEN_CALLS", 0.0)
+    a, b = pair()
+    call, receivers = Link._call, [b]
+    del b
+
+    def call_late(link: Link) -> None:
+        same(receivers.pop().receive(make), 1, torch.ones(3))
+        call(link)
+
+    if waits:
+        send(a, 1, torch.ones(3))
+    monkeypatch.setattr(Link, "_call", call_late)
+    a.wait_until_taken() if waits else send(a, 1, torch.ones(3))
+    monkeypatch.undo()
+    assert not receivers
+    with pytest.raises(ConnectionError):
+        send(a, 2)
+
+
 def test_silence_ends_after_the_timeout() -> None:
     a, b = pair(timeout=0.2)
     start = time.monotonic()
@@ -190,6 +212,7 @@ def test_silence_ends_after_the_timeout() -> None:
 
 
 def test_links_leave_no_descriptors_and_no_memory_files() -> None:
+    gc.collect()  # what other tests have left, which might go while this one counts
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         a, b = pair()

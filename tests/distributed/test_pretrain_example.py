@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -109,18 +110,20 @@ class Job:
         raise AssertionError(self.process.stderr.read())
 
     def rank(self, number: int) -> int:
-        """The process of rank ``number``, as soon as it is there."""
+        """The process of rank ``number``, as soon as all ranks answer signals in their own way."""
         deadline = time.monotonic() + MINUTE
         while time.monotonic() < deadline:
-            for pid in self._children():
-                if f"RANK={number}" in _environment_of(pid):
-                    return pid
+            ready = [pid for pid in self._children() if _catches(pid, signal.SIGTERM)]
+            ranks = {rank: pid for pid in ready for rank in range(4) if f"RANK={rank}" in _environment_of(pid)}
+            if len(ranks) == 4:
+                return ranks[number]
             time.sleep(0.02)
-        raise AssertionError(f"there is no rank {number}")
+        raise AssertionError("there are no four ranks")
 
     def _children(self) -> Iterator[int]:
         for tasks in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            yield from map(int, tasks.read_text().split())
+            with contextlib.suppress(OSError):  # the thread may have ended
+                yield from map(int, tasks.read_text().split())
 
     def end(self) -> tuple[int, str]:
         """Exit status and stderr of the job, which must end within a minute."""
@@ -135,6 +138,14 @@ def _environment_of(pid: int) -> list[str]:
         return []
 
 
+def _catches(pid: int, number: signal.Signals) -> bool:
+    try:
+        caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    except OSError:
+        return False
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 def own_lines(errors: str) -> list[str]:
     return [line for line in errors.splitlines() if line.startswith("r1mega:")]
 
@@ -147,7 +158,6 @@ def test_a_rank_that_dies_under_torchrun_ends_the_job_with_a_line_that_names_it_
         if begun:
             job.wait_for("step ")
         pid = job.rank(rank)
-        time.sleep(1)  # enough to run Python, too little to import torch
         os.kill(pid, signal.SIGKILL)
         status, errors = job.end()
     assert status == 1

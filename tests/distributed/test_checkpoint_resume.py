@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,9 +87,13 @@ def without_clock(folder: Path) -> list[dict]:
 
 KILLED = """
 import os, signal, sys
+import torch.distributed as dist
 from r1mega.settings import parse_config
 from r1mega.train.pretrain import pretrain
 from r1mega.train.trainer import Trainer
+# a port that is free now may be taken by then
+store = dist.FileStore(sys.argv[1] + ".store", 2)
+dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
 step = Trainer.step
 def dying_step(self):
     if self.state.rank == 1 and self.progress.step == int(sys.argv[2]):
@@ -105,13 +108,8 @@ def run_until_killed(config: Config, folder: Path, step: int) -> str:
     """Two processes; rank 1 is killed before step ``step + 1``. What rank 0 says on stderr."""
     settings = folder.with_suffix(".yaml")
     settings.write_text(dump_config(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }  # fmt: skip
+    root = str(Path(__file__).parents[2])
+    common = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", KILLED, str(settings), str(step)],

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ STEPS = 8
 KILLED = """
 import errno, os, signal, sys
 from pathlib import Path
+import torch.distributed as dist
 from tests.distributed.grpo_run import run
 from r1mega.rl import grpo
 from r1mega.rl.rollout.native import NativeEngine
@@ -57,20 +57,21 @@ def full_disk(step):
         write(folder, number, replica, lines)
     grpo.write_completions = full
 
-def rank_of(rank, path, place, number, port):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def rank_of(rank, path, place, number):
+    # a port that is free now may be taken by then
+    dist.init_process_group("gloo", store=dist.FileStore(path + ".store", 2), rank=rank, world_size=2)
     sys.stderr = os.fdopen(os.open(path + f".{rank}.err", os.O_WRONLY | os.O_CREAT, 0o644), "w", buffering=1)
     if rank == 1:
         {"engine": dying_engine, "update": dying_update, "disk": full_disk}[place](number)
     os._exit(run(rank, 2, parse_config(["--config", path])).status)
 
 for job in sys.argv[1:]:
-    path, place, number, port = job.split(",")
+    path, place, number = job.split(",")
     ranks = []
     for rank in range(2):
         ranks.append(os.fork())
         if ranks[-1] == 0:
-            rank_of(rank, path, place, int(number), port)
+            rank_of(rank, path, place, int(number))
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
     Path(path + ".statuses").write_text(repr(statuses))
 """
@@ -106,9 +107,7 @@ def killed(config, tmp_path_factory) -> dict[str, Path]:
         found[name] = folder / name
         settings = folder / f"{name}.yaml"
         settings.write_text(dump_config(in_folder(config, folder / name, parallel=dict(ep=2))))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            jobs.append(f"{settings},{place},{number},{free.getsockname()[1]}")
+        jobs.append(f"{settings},{place},{number}")
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([sys.executable, "-c", KILLED, *jobs], env=environment, check=True, timeout=300, cwd=root)

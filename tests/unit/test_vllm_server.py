@@ -14,7 +14,7 @@ import pytest
 from r1mega.config import AttentionConfig, Config, ConfigError, ModelConfig, MoEConfig, RLConfig, VllmConfig
 from r1mega.rl.rollout.keeper import Keeper
 from r1mega.rl.rollout.vllm import check_settings
-from r1mega.rl.rollout.vllm_server import Server, VllmError
+from r1mega.rl.rollout.vllm_server import Client, Server, VllmError
 
 # Starts another process in a session of its own, says which, and waits.
 PARENT = """\
@@ -32,12 +32,12 @@ time.sleep(60)
 """
 
 
-def wait_for_process(log: Path) -> int:
-    """The id that the command has written."""
+def wait_for_line(log: Path) -> str:
+    """What the command has written."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         if log.exists() and (text := log.read_text()).endswith("\n"):
-            return int(text)
+            return text
         time.sleep(0.02)
     raise AssertionError("the command said nothing")
 
@@ -56,7 +56,7 @@ def ends(process: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives orphans to the keeper")
 def test_stop_kills_what_the_command_has_started_in_other_sessions_too(tmp_path):
     keeper = Keeper([sys.executable, "-c", PARENT], tmp_path / "log", os.environ, tmp_path)
-    grandchild = wait_for_process(tmp_path / "log")
+    grandchild = int(wait_for_line(tmp_path / "log"))
     assert keeper.status() is None
     keeper.stop()
     assert ends(grandchild)
@@ -66,7 +66,7 @@ def test_stop_kills_what_the_command_has_started_in_other_sessions_too(tmp_path)
 def test_nothing_is_left_of_the_command_when_the_training_is_killed(tmp_path):
     log = tmp_path / "log"
     training = subprocess.Popen([sys.executable, "-c", TRAINING, PARENT, str(log)])
-    grandchild = wait_for_process(log)
+    grandchild = int(wait_for_line(log))
     training.send_signal(signal.SIGKILL)
     training.wait()
     assert ends(grandchild)
@@ -82,15 +82,22 @@ def test_the_status_of_a_command_that_has_ended_or_was_killed(tmp_path):
         keeper.stop()
 
 
-def test_a_server_that_is_not_ready_in_time_is_killed_and_said_so(tmp_path):
+def test_a_server_that_is_not_ready_in_time_is_killed_and_said_so(tmp_path, monkeypatch):
     slow = tmp_path / "python"
     slow.write_text("#!/bin/sh\necho reading the weights\nexec sleep 60\n")
     slow.chmod(0o755)
-    server = Server(VllmConfig(python=str(slow), start_timeout=1.5), tmp_path, "127.0.0.1")
+    server = Server(VllmConfig(python=str(slow), start_timeout=0.1), tmp_path, "127.0.0.1")
+    is_ready = Client.is_ready
+
+    def asked_when_it_has_spoken(client: Client) -> bool:
+        wait_for_line(server.log)
+        return is_ready(client)
+
+    monkeypatch.setattr(Client, "is_ready", asked_when_it_has_spoken)
     with pytest.raises(VllmError) as caught:
         server.start([])
     assert str(caught.value) == (
-        "vLLM was not ready within 1.5 s (rl.vllm.start_timeout): reading the weights; see " + str(server.log)
+        "vLLM was not ready within 0.1 s (rl.vllm.start_timeout): reading the weights; see " + str(server.log)
     )
     assert not server.is_running
 

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NoReturn
 
 LAUNCHED = "R1MEGA_LAUNCHED"  # set by r1mega.launch
 STATUS_TERMINATED = 128 + signal.SIGTERM
@@ -25,7 +24,7 @@ SECONDS_FOR_TORCHRUN = 15.0
 SECONDS_TO_TIDY_UP = 10.0
 _SAID = "said"
 
-_speaking = threading.RLock()
+_speaking = threading.Lock()
 
 
 def watch() -> None:
@@ -44,7 +43,7 @@ def watch() -> None:
     (folder / f"rank_{os.environ['RANK']}").write_text(str(os.getpid()))
     waiting, waking = os.pipe()
     os.set_blocking(waking, False)
-    signal.signal(signal.SIGTERM, lambda *_: _end())
+    signal.signal(signal.SIGTERM, lambda *_: _end(wait=False))
     signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)
     threading.Thread(target=_wait, args=(waiting,), name="r1mega-stopping", daemon=True).start()
@@ -63,13 +62,16 @@ def say(text: str, *, known_to_launcher: bool = False) -> None:
         text: one line.
         known_to_launcher: a process has ended, which a launcher sees for itself.
     """
-    if known_to_launcher and LAUNCHED in os.environ:
-        return
     with _speaking:
-        if _claim():
-            print(f"r1mega: error: {text}", file=sys.stderr, flush=True)
-            if not known_to_launcher:
-                _tell_torchrun(text)
+        _say(text, known_to_launcher)
+
+
+def _say(text: str, known_to_launcher: bool) -> None:
+    if (known_to_launcher and LAUNCHED in os.environ) or not _claim():
+        return
+    print(f"r1mega: error: {text}", file=sys.stderr, flush=True)
+    if not known_to_launcher:
+        _tell_torchrun(text)
 
 
 def wait_for_torchrun() -> None:
@@ -130,22 +132,27 @@ def _wait(waiting: int) -> None:
     while True:
         numbers = os.read(waiting, 64)
         if signal.SIGTERM in numbers:
-            _end()
+            _end(wait=True)
         if signal.SIGINT in numbers:
             # The main thread ends the process, unless it waits inside the system for a rank that has gone.
             time.sleep(SECONDS_TO_TIDY_UP)
             os._exit(STATUS_INTERRUPTED)
 
 
-def _end() -> NoReturn:
-    """End this process; say why if nobody has."""
-    with _speaking:
-        if LAUNCHED not in os.environ:
-            if dead := _dead_ranks():
-                say(f"rank {os.environ['RANK']} stops: {died(dead)}", known_to_launcher=True)
-            elif _claim():
-                print("r1mega: stopped", file=sys.stderr, flush=True)
-        os._exit(STATUS_TERMINATED)
+def _end(wait: bool) -> None:
+    """End this process; say why if nobody has.
+
+    A signal can come while the main thread is about to speak, which goes on after its handler alone. So that does not
+    wait: the other thread does, and ends the process then.
+    """
+    if not _speaking.acquire(blocking=wait):
+        return
+    if LAUNCHED not in os.environ:
+        if dead := _dead_ranks():
+            _say(f"rank {os.environ['RANK']} stops: {died(dead)}", known_to_launcher=True)
+        elif _claim():
+            print("r1mega: stopped", file=sys.stderr, flush=True)
+    os._exit(STATUS_TERMINATED)
 
 
 def _dead_ranks() -> dict[int, int]:

@@ -107,6 +107,29 @@ def test_a_signal_without_a_death_is_a_stop(attempt: Path) -> None:
     assert process.communicate(timeout=60)[1] == "r1mega: stopped\n"
 
 
+STOPPED_WHILE_IT_SPEAKS = """
+import os, time
+from r1mega import stopping
+stopping.watch()
+claim = stopping._claim
+def claim_and_be_stopped():
+    stopping._claim = claim
+    claimed = claim()
+    os.kill(os.getpid(), 15)
+    return claimed
+stopping._claim = claim_and_be_stopped
+stopping.say("the cause")
+time.sleep(60)
+"""
+
+
+def test_a_signal_that_comes_while_the_reason_is_said_waits_for_it(attempt: Path) -> None:
+    command = [sys.executable, "-c", STOPPED_WHILE_IT_SPEAKS]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (143, "r1mega: error: the cause\n")
+    assert "the cause" in (attempt / "1/error.json").read_text()
+
+
 def test_a_forked_child_ends_alone(attempt: Path) -> None:
     process = watching("fork")
     assert process.communicate(timeout=60) == ("", "")

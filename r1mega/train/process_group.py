@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from r1mega.pipeline.shared_memory import GAVE_UP, GONE
 from r1mega.stopping import died, is_alive
 
 # A live rank answers within seconds; this bounds the wait for one that hangs.
@@ -18,7 +19,8 @@ TIMEOUT = timedelta(minutes=10)
 SECONDS_TO_DIE = 2.0
 LOST_PEER = re.compile(
     "closed by peer|reset by peer|broken pipe|connection refused|timed out|timeout"  # gloo
-    "|remote process exited|unhandled system error",  # NCCL
+    "|remote process exited|unhandled system error"  # NCCL
+    f"|{GONE}|{GAVE_UP}",  # shared memory
     re.IGNORECASE,
 )
 

@@ -168,6 +168,11 @@ def _run_job(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
+        # A rank that fails before another has connected makes that one fail there, and the groups of its later jobs
+        # would have other names than those of the rest: they would wait for each other.
+        if store.add("connected", 1) == world_size:
+            store.set("all connected", b"")
+        store.wait(["all connected"], timedelta(seconds=timeout))
         connection.send_bytes(pickle.dumps((True, function(rank, world_size, *args))))
         # A rank that leaves early closes its connections, which the others could take for a failure. This comes after
         # the answer, so that a rank that hangs is the only one without.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,24 @@ def die_on_rank_1(rank: int, world_size: int) -> None:
     dist.barrier()
 
 
+def connect_late_on_rank_0(rank: int, world_size: int, mark: Path) -> None:
+    """In the next job."""
+    connect = dist.init_process_group
+
+    def late(*arguments: Any, **options: Any) -> None:
+        dist.init_process_group = connect
+        connect(*arguments, **options)
+        time.sleep(0.5)
+        mark.touch()
+
+    if rank == 0:
+        dist.init_process_group = late
+
+
+def is_there(rank: int, world_size: int, mark: Path) -> bool:
+    return mark.exists()
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 2])
 def test_each_rank_answers_from_a_group_of_the_asked_size(pool: WorkerPool, world_size: int) -> None:
     results = pool.run(add_up, world_size, 2.0)
@@ -45,6 +65,11 @@ def test_a_failure_names_the_rank_and_its_traceback_and_the_pool_goes_on(pool: W
     with pytest.raises(PoolError, match=r"(?s)--- rank 1 of 2: Traceback.*broken on purpose"):
         pool.run(fail_on_rank_1, 2)
     assert pool.run(add_up, 2, 1.0)[1].item() == 3.0
+
+
+def test_no_rank_begins_before_all_have_connected(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(connect_late_on_rank_0, 2, tmp_path / "mark")
+    assert pool.run(is_there, 2, tmp_path / "mark") == [True, True]
 
 
 def test_a_rank_that_hangs_or_dies_is_named_and_replaced() -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1mega.kernels import triton
-from r1mega.kernels.linear import Counts, Rows, gradients, grouped_linear
+from r1mega.kernels import check, triton
+from r1mega.kernels.linear import Counts, Rows, check_grouped, gradients, grouped_linear
 from r1mega.kernels.parameter import WeightGradients, local
 from r1mega.kernels.swiglu import weighted_swiglu, weighted_swiglu_backward
 
@@ -34,7 +34,15 @@ def grouped_swiglu(
 
     Returns:
         ``[R, F]``.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit, and for counts on the host that do not fit the rows.
     """
+    check_grouped(input_RH, gate_up_E2FH, counts, "input_RH", "gate_up_E2FH")
+    parts = tuple(local(gate_up_E2FH).shape)
+    if len(parts) != 4 or parts[1] != 2:
+        raise ValueError(f"gate_up_E2FH: must have shape [E, 2, F, H], gate and up of each expert, not {list(parts)}")
+    check.shaped("weight_R", weight_R, input_RH.shape[:1], input_RH.device)
     if triton.takes(input_RH, local(gate_up_E2FH), weight_R):
         return _GroupedSwiGLU.apply(input_RH, gate_up_E2FH, weight_R, Rows.of(input_RH, counts), store)
     return weighted_swiglu(grouped_linear(input_RH, gate_up_E2FH, counts, store), weight_R)

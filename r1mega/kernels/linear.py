@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1mega.kernels import triton
+from r1mega.kernels import check, triton
 from r1mega.kernels.fake import is_fake, on_host
 from r1mega.kernels.parameter import WeightGradients, like_parameter, local
 from r1mega.kernels.products import add_matmul, group_matmul, group_outer, matmul
@@ -46,13 +46,25 @@ def linear(input_TI: Tensor, weight_OI: Tensor, store: WeightGradients | None = 
 
     Returns:
         ``[T, O]``.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit.
     """
+    _check(input_TI, (weight_OI,))
     return _Linears.apply(input_TI, store, weight_OI)[0]
 
 
 def linears(input_TI: Tensor, weights: Sequence[Tensor], store: WeightGradients | None = None) -> tuple[Tensor, ...]:
     """:func:`linear` of one input with several weights; the input's gradient is summed inside the products."""
+    _check(input_TI, weights)
     return _Linears.apply(input_TI, store, *weights)
+
+
+def _check(input_TI: Tensor, weights: Sequence[Tensor]) -> None:
+    check.matrix("input_TI", input_TI)
+    for weight_OI in map(local, weights):
+        check.matrix("weight_OI", weight_OI)
+        check.shaped("weight_OI", weight_OI, (weight_OI.shape[0], input_TI.shape[1]), input_TI.device)
 
 
 class _Linears(torch.autograd.Function):
@@ -106,8 +118,38 @@ def grouped_linear(
 
     Returns:
         ``[R, O]``.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit, and for counts on the host that do not fit the rows.
     """
+    check_grouped(input_RI, weight_EOI, counts, "input_RI", "weight_EOI")
     return _GroupedLinear.apply(input_RI, weight_EOI, Rows.of(input_RI, counts), store)
+
+
+def check_grouped(input_RI: Tensor, weight_EOI: Tensor, counts: Counts, *names: str) -> None:
+    """Raises ValueError unless :func:`grouped_linear` can multiply these. ``names``: the caller's of the first two.
+
+    The counts are looked at where the host has them: the kernels would read and write outside of the rows.
+    """
+    input_name, weight_name = names
+    weight_EOI = local(weight_EOI)
+    check.matrix(input_name, input_RI)
+    if weight_EOI.dim() < 3:
+        raise ValueError(f"{weight_name}: must have 3 dimensions or more, not {weight_EOI.dim()}")
+    check.shaped(weight_name, weight_EOI, (*weight_EOI.shape[:-1], input_RI.shape[1]), input_RI.device)
+    num_rows, num_experts = input_RI.shape[0], weight_EOI.shape[0]
+    if isinstance(counts, Tensor):
+        check.integers("counts", counts, (num_experts,))
+        if not on_host(counts):
+            return
+    elif len(counts) != num_experts:
+        raise ValueError(f"counts: must be {num_experts} numbers, one of each expert, not {len(counts)}")
+    numbers = counts.tolist() if isinstance(counts, Tensor) else counts
+    if min(numbers, default=0) < 0:
+        raise ValueError(f"counts: must be 0 at least, not {min(numbers)}")
+    total = sum(numbers)
+    if total > num_rows or (total < num_rows and not isinstance(counts, Tensor)):
+        raise ValueError(f"counts: must add up to the {num_rows} rows of {input_name}, not to {total}")
 
 
 @dataclass

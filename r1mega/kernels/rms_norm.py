@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1mega.kernels import native, triton
+from r1mega.kernels import check, native, triton
 from r1mega.kernels.parameter import WeightGradients, gradient_buffer, like_parameter, local
 
 
@@ -20,7 +20,11 @@ def rms_norm(input_TH: Tensor, weight_H: Tensor, eps: float, store: WeightGradie
 
     Returns:
         The shape and dtype of ``input_TH``.
+
+    Raises:
+        ValueError: for a weight of another shape or device.
     """
+    check.shaped("weight_H", local(weight_H), input_TH.shape[-1:], input_TH.device)
     return _RMSNorm.apply(input_TH, weight_H, eps, store)
 
 

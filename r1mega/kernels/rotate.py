@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1mega.kernels import native
+from r1mega.kernels import check, native
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -19,7 +19,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
     Returns:
         The shape of ``x``, always in halves: an order that scores do not see, as keys and queries share it.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit.
     """
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise ValueError(f"x: must have shape [batch, length, heads, dim], dim even, not {list(x.shape)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        check.shaped(name, table, (x.shape[1], x.shape[3] // 2), x.device)
     return _Rotate.apply(x, cos, sin, interleaved)
 
 

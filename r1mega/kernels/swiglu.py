@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1mega.kernels import native, triton
+from r1mega.kernels import check, native, triton
 
 
 def swiglu(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
-    """``silu(gate) * up``, all ``[R, F]``."""
+    """``silu(gate) * up``, all ``[R, F]``. Raises ValueError where they are not."""
+    check.shaped("up_RF", up_RF, gate_RF.shape, gate_RF.device)
     return _SwiGLU.apply(gate_RF, up_RF)
 
 
@@ -28,7 +29,14 @@ def weighted_swiglu(gate_up_RF: Tensor, weight_R: Tensor) -> Tensor:
 
     Returns:
         ``[R, F]`` in the dtype of ``gate_up_RF``.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit.
     """
+    check.matrix("gate_up_RF", gate_up_RF)
+    if gate_up_RF.shape[1] % 2:
+        raise ValueError(f"gate_up_RF: must have an even number of columns, not {gate_up_RF.shape[1]}")
+    check.shaped("weight_R", weight_R, gate_up_RF.shape[:1], gate_up_RF.device)
     return _WeightedSwiGLU.apply(gate_up_RF, weight_R)
 
 

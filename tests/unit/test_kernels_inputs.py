@@ -1,4 +1,4 @@
-"""What other stacks give the routing operations: integers of every type, and what is wrong, for one clear error."""
+"""What other stacks give the operations: integers of every type, and what is wrong, for one clear error."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from torch import Tensor
 
 from r1mega.kernels import native
 from r1mega.kernels.combine import combine
+from r1mega.kernels.grouped_swiglu import grouped_swiglu
+from r1mega.kernels.linear import grouped_linear, linear, linears
 from r1mega.kernels.permute import RowMap, copy_rows, permute
+from r1mega.kernels.rms_norm import rms_norm
+from r1mega.kernels.rotate import rotate
 from r1mega.kernels.route import RouteOptions, rank_choices, route
 from r1mega.kernels.scan import scan
+from r1mega.kernels.swiglu import swiglu, weighted_swiglu
 from r1mega.moe.dispatcher import AllToAllDispatcher, routing_of
 from r1mega.parallel_state import ParallelState
 
@@ -177,6 +182,47 @@ def test_route_refuses(message, logits, bias, options, implementation):
 def test_options_that_no_router_can_have_are_refused(message, options):
     with pytest.raises(ValueError, match=message):
         RouteOptions(**options)
+
+
+ROWS, BOTH, EXPERTS, WEIGHT = torch.ones(6, 8), torch.ones(3, 2, 5, 8), torch.ones(3, 5, 8), torch.ones(6)
+X, COS = torch.ones(2, 6, 3, 8), torch.ones(6, 4)
+# Each would read or write outside of an array.
+WRONG_PRODUCTS_AND_PASSES = [
+    ("weight_OI: .*shape", linear, (ROWS, torch.ones(4, 7))),
+    ("weight_OI: .*2 dimensions", linear, (ROWS, EXPERTS)),
+    ("input_TI: .*2 dimensions", linear, (X, torch.ones(4, 8))),
+    ("weight_OI: .*shape", linears, (ROWS, (torch.ones(4, 8), torch.ones(4, 9)))),
+    ("input_RI: .*2 dimensions", grouped_linear, (X, EXPERTS, [2, 2, 2])),
+    ("weight_EOI: .*3 dimensions", grouped_linear, (ROWS, EXPERTS[0], [2, 2, 2])),
+    ("weight_EOI: .*shape", grouped_linear, (ROWS, EXPERTS[..., :7], [2, 2, 2])),
+    ("counts: must be 3 numbers", grouped_linear, (ROWS, EXPERTS, [2, 2, 1, 1])),
+    ("counts: .*not to 7", grouped_linear, (ROWS, EXPERTS, [2, 2, 3])),
+    ("counts: .*not to 5", grouped_linear, (ROWS, EXPERTS, [2, 2, 1])),
+    ("counts: .*not to 7", grouped_linear, (ROWS, EXPERTS, torch.tensor([2, 2, 3]))),
+    ("counts: must be 0 at least, not -1", grouped_linear, (ROWS, EXPERTS, [-1, 3, 4])),
+    ("counts: must be integers", grouped_linear, (ROWS, EXPERTS, torch.ones(3))),
+    ("counts: .*shape", grouped_linear, (ROWS, EXPERTS, torch.ones(4, dtype=torch.int64))),
+    ("gate_up_E2FH: must have shape", grouped_swiglu, (ROWS, EXPERTS, WEIGHT, [2, 2, 2])),
+    ("gate_up_E2FH: .*shape", grouped_swiglu, (ROWS, BOTH[..., :7], WEIGHT, [2, 2, 2])),
+    ("weight_R: .*shape", grouped_swiglu, (ROWS, BOTH, WEIGHT[:5], [2, 2, 2])),
+    ("counts: .*input_RH, not to 9", grouped_swiglu, (ROWS, BOTH, WEIGHT, [3, 3, 3])),
+    ("up_RF: .*shape", swiglu, (ROWS, ROWS[:5])),
+    ("up_RF: .*shape", swiglu, (ROWS, ROWS[:, :4].contiguous())),
+    ("weight_R: .*shape", weighted_swiglu, (ROWS, WEIGHT[:5])),
+    ("weight_R: .*shape", weighted_swiglu, (ROWS, WEIGHT.unsqueeze(1))),
+    ("gate_up_RF: .*even", weighted_swiglu, (ROWS[:, :7].contiguous(), WEIGHT)),
+    ("gate_up_RF: .*2 dimensions", weighted_swiglu, (X, WEIGHT)),
+    ("weight_H: .*shape", rms_norm, (ROWS, torch.ones(7), 1e-6)),
+    ("cos: .*shape", rotate, (X, COS[:5], COS, True)),
+    ("sin: .*shape", rotate, (X, COS, COS[:, :3], False)),
+    ("x: must have shape", rotate, (X[0], COS, COS, False)),
+]
+
+
+@pytest.mark.parametrize("message, operation, arguments", WRONG_PRODUCTS_AND_PASSES)
+def test_products_and_passes_over_rows_refuse_what_does_not_fit(message, operation, arguments, implementation):
+    with pytest.raises(ValueError, match=message):
+        operation(*arguments)
 
 
 def test_scan_refuses():

@@ -26,6 +26,12 @@ def matrix(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: must have 2 dimensions, not {tensor.dim()}")
 
 
+def floating(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for integers."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: must be of a floating-point type, not {tensor.dtype}")
+
+
 def integers(
     name: str, tensor: Tensor, shape: Sequence[int] | None = None, device: torch.device | None = None
 ) -> Tensor:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from r1mega.kernels import check
 from r1mega.kernels.combine import combine
 from r1mega.kernels.fake import on_host
 from r1mega.kernels.permute import RowMap, copy_rows, permute
@@ -40,7 +41,7 @@ from r1mega.kernels.route import rank_choices
 from r1mega.moe.collectives import Counts
 from r1mega.moe.exchanges import ExpertRanks, Plan, ToExperts, ToTokens
 from r1mega.moe.router import Routing, counts_of
-from r1mega.moe.wire import RowFormat
+from r1mega.moe.wire import WIRES, RowFormat
 from r1mega.pipeline.exchange import exchange_at_once
 
 
@@ -48,10 +49,17 @@ def routing_of(experts_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Rout
     """What the dispatcher needs of a router of another stack.
 
     Args:
-        experts_TK: ``[T, K]`` int64, different in each row; E marks a dropped choice.
+        experts_TK: ``[T, K]`` integers of any type, different in each row; E marks a dropped choice.
         weights_TK: ``[T, K]``, float32 or wider.
         num_experts: E.
+
+    Raises:
+        ValueError: for types or shapes that do not fit, and on a CPU for experts outside of 0 to E.
     """
+    check.matrix("experts_TK", experts_TK)
+    experts_TK = check.integers("experts_TK", experts_TK)  # with narrower ones the exchanges could not compute
+    check.shaped("weights_TK", weights_TK, experts_TK.shape, experts_TK.device)
+    check.floating("weights_TK", weights_TK)
     return Routing(experts_TK, weights_TK, *rank_choices(experts_TK, num_experts))
 
 
@@ -118,6 +126,9 @@ class AllToAllDispatcher:
         wire: ``model`` sends rows as they are, ``bfloat16`` in that type; ``float8`` sends towards the experts (tokens,
             and gradients of results in the backward) in float8, and back in bfloat16.
         keep_source: keep what the experts' rows are copied from, for :meth:`Dispatch.rows_again`.
+
+    Raises:
+        ValueError: for an unknown wire, and for experts that do not lie evenly on the ranks.
     """
 
     def __init__(
@@ -129,7 +140,9 @@ class AllToAllDispatcher:
         keep_source: bool = False,
     ) -> None:
         if num_experts % ep.size():
-            raise ValueError(f"{num_experts} experts cannot lie on {ep.size()} ranks evenly")
+            raise ValueError(f"num_experts={num_experts}: must be a multiple of the ranks of ep ({ep.size()})")
+        if wire not in WIRES:
+            raise ValueError(f"wire={wire}: must be {', '.join(WIRES[:-1])} or {WIRES[-1]}")
         self.ranks = ExpertRanks(num_experts, ep, None if etp is None or etp.size() == 1 else etp)
         self.wire, self.keep_source = wire, keep_source
         self.is_local = self.ranks.num_sources == 1
@@ -157,9 +170,15 @@ class AllToAllDispatcher:
             may_drop: whether some choices are dropped.
             padded_capacity: the most rows of this rank for one expert. All is padded to it, so that shapes are known
                 and no counts are exchanged; T must be the same on all ranks then.
+
+        Raises:
+            ValueError: for tokens and routing that do not fit each other or this dispatcher; and on a CPU for a
+                capacity that is too small.
         """
+        self._check(hidden_TH, routing)
         if not self.is_local:
-            return self.prepare_chunks(hidden_TH, routing, 1, padded_capacity)[0]
+            return self._prepare_parts(hidden_TH, routing, 1, padded_capacity)[0]
+        _check_capacity(routing.counts_E, padded_capacity)
         rows, weights, row_map = permute(
             hidden_TH, routing.weights_TK, routing.experts_TK, routing.ranks_TK, routing.counts_E, may_drop,
             padded_capacity, routing.first_row_NE,
@@ -175,14 +194,22 @@ class AllToAllDispatcher:
     ) -> list[Dispatch]:
         """:meth:`prepare` with the tokens cut into ``num_chunks`` parts, whose counts are one message."""
         assert not self.is_local
+        self._check(hidden_TH, routing)
+        return self._prepare_parts(hidden_TH, routing, num_chunks, padded_capacity)
+
+    def _prepare_parts(
+        self, hidden_TH: Tensor, routing: Routing, num_chunks: int, padded_capacity: int | None
+    ) -> list[Dispatch]:
         weights_TK, experts_TK = routing.weights_TK, routing.experts_TK
         top_k = experts_TK.shape[1]
         format = RowFormat(hidden_TH.shape[1], top_k, hidden_TH.dtype, weights_TK.dtype, self.wire)
         # all ranks have the same number of parts, some of them empty perhaps
         parts = experts_TK.tensor_split(num_chunks) if num_chunks > 1 else (experts_TK,)
         plans = [Plan(self.ranks, format, part, padded_capacity, self.keep_source) for part in parts]
+        of_experts = [self._counts(part) for part in parts] if num_chunks > 1 else [routing.counts_E]
+        for counts_E in of_experts:
+            _check_capacity(counts_E, padded_capacity)
         if padded_capacity is None:
-            of_experts = [self._counts(part) for part in parts] if num_chunks > 1 else [routing.counts_E]
             sent = [plan.counts(counts_E) for plan, counts_E in zip(plans, of_experts, strict=True)]
             exchanged = Counts(torch.stack(sent, dim=1), self.ranks.ep, self.ranks.etp)
             for number, plan in enumerate(plans):
@@ -195,3 +222,19 @@ class AllToAllDispatcher:
     def _counts(self, experts_TK: Tensor) -> Tensor:
         num_experts = self.ranks.num_experts
         return counts_of(experts_TK, num_experts + 1)[:num_experts]
+
+    def _check(self, hidden_TH: Tensor, routing: Routing) -> None:
+        check.matrix("hidden_TH", hidden_TH)
+        check.floating("hidden_TH", hidden_TH)
+        choices, device = (hidden_TH.shape[0], *routing.experts_TK.shape[1:]), hidden_TH.device
+        check.shaped("routing.experts_TK", routing.experts_TK, choices, device)
+        check.shaped("routing.weights_TK", routing.weights_TK, choices, device)
+        check.shaped("routing.counts_E", routing.counts_E, (self.ranks.num_experts,), device)
+
+
+def _check_capacity(counts_E: Tensor, padded_capacity: int | None) -> None:
+    """Raises ValueError where an expert's rows would not fit, as far as the host knows: they would overwrite others."""
+    if padded_capacity is not None and on_host(counts_E):
+        most = int(counts_E.max())
+        if most > padded_capacity:
+            raise ValueError(f"padded_capacity={padded_capacity}: one expert has {most} rows of this rank")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIRES = ("model", "bfloat16", "float8")
 BLOCK = 128  # elements that share a scale
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 ALIGNMENT = 16  # bytes, the largest pieces that rows are copied in, where all of them begin there

@@ -60,6 +60,8 @@ CASES = {
     "ep2 etp2, padded": Case(2, 2, (5, 5, 5, 5), drops=True, capacity=5),
     "ep2 etp2, in two chunks": Case(2, 2, (9, 7, 3, 5), chunks=2),
     "ep2, experts in int32": Case(2, 1, (9, 7), drops=True, ids=torch.int32),
+    "ep2, experts in int16": Case(2, 1, (9, 7), drops=True, ids=torch.int16),
+    "ep2, experts in uint8, in two chunks": Case(2, 1, (9, 7), drops=True, ids=torch.uint8, chunks=2),
     "ep2 twice": Case(2, 1, (9, 7, 3, 5)),
     "one rank": Case(1, 1, (9,), drops=True),
 }

@@ -53,6 +53,59 @@ def test_the_dispatcher_takes_the_experts_of_another_router(dtype, implementatio
     torch.testing.assert_close(out, x * weights.masked_fill(experts == E, 0).sum(1, keepdim=True))
 
 
+def dispatcher_of(group: object = None, **options: str) -> AllToAllDispatcher:
+    return AllToAllDispatcher(E, group or ParallelState.single_process().group("ep"), **options)
+
+
+class ThreeRanks:
+    """A process group as far as a dispatcher looks at it before a message is sent."""
+
+    def size(self) -> int:
+        return 3
+
+    def rank(self) -> int:
+        return 1
+
+
+WRONG_DISPATCHES = {
+    "tokens of three dimensions": ("hidden_TH: .*2 dimensions", torch.ones(T, H, 1), {}),
+    "integers for tokens": ("hidden_TH: .*floating-point", torch.ones(T, H, dtype=torch.int64), {}),
+    "other tokens than those routed": ("routing.experts_TK: .*shape", torch.ones(T - 1, H), {}),
+    "a router of more experts": ("routing.counts_E: .*shape", torch.ones(T, H), {"num_experts": E + 3}),
+    "no room for all": (r"padded_capacity=2: one expert has \d+ rows", torch.ones(T, H), {"padded_capacity": 2}),
+}
+
+
+@pytest.mark.parametrize("group", [None, ThreeRanks()], ids=["alone", "of three"])
+@pytest.mark.parametrize("wrong", WRONG_DISPATCHES)
+def test_the_dispatcher_refuses_before_it_sends(wrong, group):
+    message, hidden, changes = WRONG_DISPATCHES[wrong]
+    routing = routing_of(choices(), torch.ones(T, K), changes.get("num_experts", E))
+    with pytest.raises(ValueError, match=message):
+        dispatcher_of(group).dispatch(hidden, routing, padded_capacity=changes.get("padded_capacity"))
+
+
+def test_a_dispatcher_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="wire=fp8: must be model, bfloat16 or float8"):
+        dispatcher_of(wire="fp8")
+    with pytest.raises(ValueError, match=r"num_experts=10: must be a multiple of the ranks of ep \(3\)"):
+        AllToAllDispatcher(10, ThreeRanks())
+
+
+@pytest.mark.parametrize(
+    "message, experts, weights",
+    [
+        ("experts_TK: .*2 dimensions", choices()[0], torch.ones(K)),
+        ("experts_TK: must be integers", torch.ones(T, K), torch.ones(T, K)),
+        ("weights_TK: .*shape", choices(), torch.ones(T, K + 1)),
+        ("weights_TK: .*floating-point", choices(), torch.ones(T, K, dtype=torch.int64)),
+    ],
+)
+def test_routing_of_another_stack_is_refused_where_it_does_not_fit(message, experts, weights):
+    with pytest.raises(ValueError, match=message):
+        routing_of(experts, weights, E)
+
+
 def test_experts_need_not_be_dense(implementation):
     experts = choices()
     strided = experts.t().contiguous().t()

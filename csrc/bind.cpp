@@ -17,7 +17,7 @@
 namespace r1mega {
 namespace {
 
-constexpr int kInterface = 8;                  // r1mega/kernels/native.py wants the same; raise both together
+constexpr int kInterface = 9;                  // r1mega/kernels/native.py wants the same; raise both together
 constexpr int64_t kElementsOfThread = 1 << 16;  // less work is not worth a thread
 
 const Kernels* best_kernels() {
@@ -58,6 +58,24 @@ void share(int64_t count, int64_t elements_each, int threads, const Work& work) 
     others.emplace_back(work, count * part / parts, count * (part + 1) / parts);
   work(0, count / parts);
   for (std::thread& other : others) other.join();
+}
+
+// The same for tokens whose choices own rows below `num_rows`, or none (a negative row): any other is an error.
+template <class Work>
+void share_tokens(int64_t num_tokens, int64_t elements_each, int threads, const int64_t* row_of_choice, int top_k,
+                  int64_t num_rows, const Work& work) {
+  std::atomic<bool> outside{false};
+  share(num_tokens, elements_each, threads, [&](int64_t begin, int64_t end) {
+    int64_t greatest = -1;
+    for (int64_t i = begin * top_k; i < end * top_k; ++i) greatest = std::max(greatest, row_of_choice[i]);
+    if (greatest < num_rows)
+      work(begin, end);
+    else
+      outside = true;
+  });
+  if (outside)
+    throw std::invalid_argument("row_of_choice: leads outside of the " + std::to_string(num_rows) +
+                                " rows that there are");
 }
 
 template <class T>
@@ -122,16 +140,17 @@ void chosen_backward(Pointer grad_weights, Pointer chosen_scores, Pointer expert
 }
 
 // Copies rows into expert order: choice i of expert e goes to row first_of_expert[e] + rank[i]; the map is written too.
-// A row outside of the result, of choices that do not fit their counts, is not written: it is an error.
+// A row outside of the result, of choices that do not fit their counts, is not written: it is an error. So is a dropped
+// choice, of expert `num_experts`, unless they may be dropped.
 void permute(Pointer input, Pointer experts, Pointer ranks, Pointer first_of_expert, Pointer row_of_choice,
-             Pointer out, int64_t num_tokens, int64_t num_experts, int top_k, int64_t num_rows, int64_t input_step,
-             int64_t row_bytes, bool streaming, int threads) {
+             Pointer out, int64_t num_tokens, int64_t num_experts, int top_k, bool may_drop, int64_t num_rows,
+             int64_t input_step, int64_t row_bytes, bool streaming, int threads) {
   std::atomic<bool> outside{false};
   share(num_tokens, top_k * row_bytes / 4, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * top_k; i < end * top_k; ++i) {
       const int64_t expert = at<int64_t>(experts)[i];
       int64_t row = -1;
-      if (expert != num_experts) {
+      if (expert != num_experts || !may_drop) {
         if (uint64_t(expert) < uint64_t(num_experts)) row = at<int64_t>(first_of_expert)[expert] + at<int64_t>(ranks)[i];
         if (uint64_t(row) >= uint64_t(num_rows)) {
           outside = true;
@@ -148,28 +167,31 @@ void permute(Pointer input, Pointer experts, Pointer ranks, Pointer first_of_exp
                                 " that there are: they must fit counts_E, and may_drop be True where choices are dropped");
 }
 
-void copy_rows(Pointer input, Pointer row_of_choice, Pointer out, int64_t num_tokens, int top_k, int64_t input_step,
-               int64_t row_bytes, bool streaming, int threads) {
-  share(num_tokens, top_k * row_bytes / 4, threads, [&](int64_t begin, int64_t end) {
-    kernels->copy_rows(at<char>(input), at<int64_t>(row_of_choice), at<char>(out), top_k, input_step, row_bytes,
-                       streaming, begin, end);
+void copy_rows(Pointer input, Pointer row_of_choice, Pointer out, int64_t num_tokens, int top_k, int64_t num_rows,
+               int64_t input_step, int64_t row_bytes, bool streaming, int threads) {
+  const int64_t* rows = at<int64_t>(row_of_choice);
+  share_tokens(num_tokens, top_k * row_bytes / 4, threads, rows, top_k, num_rows, [&](int64_t begin, int64_t end) {
+    kernels->copy_rows(at<char>(input), rows, at<char>(out), top_k, input_step, row_bytes, streaming, begin, end);
   });
 }
 
 template <class T>
 void sum_rows(Pointer rows, Pointer row_of_choice, Pointer weights, Pointer out, int64_t num_tokens, int top_k,
-              int64_t width, int threads) {
-  share(num_tokens, top_k * width, threads, [&](int64_t begin, int64_t end) {
-    typed<T>().sum_rows(at<T>(rows), at<int64_t>(row_of_choice), at<T>(weights), at<T>(out), top_k, width, begin, end);
+              int64_t num_rows, int64_t width, int threads) {
+  const int64_t* owned = at<int64_t>(row_of_choice);
+  share_tokens(num_tokens, top_k * width, threads, owned, top_k, num_rows, [&](int64_t begin, int64_t end) {
+    typed<T>().sum_rows(at<T>(rows), owned, at<T>(weights), at<T>(out), top_k, width, begin, end);
   });
 }
 
 template <class T>
 void sum_rows_backward(Pointer grad, Pointer rows, Pointer row_of_choice, Pointer weights, Pointer grad_rows,
-                       Pointer grad_weights, int64_t num_tokens, int top_k, int64_t width, int threads) {
-  share(num_tokens, 2 * top_k * width, threads, [&](int64_t begin, int64_t end) {
-    typed<T>().sum_rows_backward(at<T>(grad), at<T>(rows), at<int64_t>(row_of_choice), at<T>(weights),
-                                 at<T>(grad_rows), at<T>(grad_weights), top_k, width, begin, end);
+                       Pointer grad_weights, int64_t num_tokens, int top_k, int64_t num_rows, int64_t width,
+                       int threads) {
+  const int64_t* owned = at<int64_t>(row_of_choice);
+  share_tokens(num_tokens, 2 * top_k * width, threads, owned, top_k, num_rows, [&](int64_t begin, int64_t end) {
+    typed<T>().sum_rows_backward(at<T>(grad), at<T>(rows), owned, at<T>(weights), at<T>(grad_rows),
+                                 at<T>(grad_weights), top_k, width, begin, end);
   });
 }
 

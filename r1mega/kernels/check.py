@@ -26,6 +26,12 @@ def matrix(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: must have 2 dimensions, not {tensor.dim()}")
 
 
+def vector(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the tensor has one dimension."""
+    if tensor.dim() != 1:
+        raise ValueError(f"{name}: must have 1 dimension, not {tensor.dim()}")
+
+
 def floating(name: str, tensor: Tensor) -> None:
     """Raises ValueError for integers."""
     if not tensor.is_floating_point():

@@ -68,7 +68,7 @@ class _WeightedCombine(torch.autograd.Function):
                 grad_rows.zero_()
             given = grad_TH.contiguous(), rows_RH, row_map.row_of_choice, weights_TK
             made = grad_rows, torch.empty_like(weights_TK)
-            native.call("sum_rows_backward", rows_RH, *given, *made, *weights_TK.shape, rows_RH.shape[1])
+            native.call("sum_rows_backward", rows_RH, *given, *made, *weights_TK.shape, *rows_RH.shape)
             return *made, None
         if is_fake(rows_RH):
             return torch.empty_like(rows_RH), torch.empty_like(weights_TK), None

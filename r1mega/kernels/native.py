@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-INTERFACE = 8  # the extension's functions and their arguments; bind.cpp has the same number
+INTERFACE = 9  # the extension's functions and their arguments; bind.cpp has the same number
 SUFFIXES = {torch.float32: "_float32", torch.float64: "_float64"}
 PLAIN = (Tensor, torch.nn.Parameter)
 # From this size on, copied rows go past the cache: they would push out what is needed sooner.
@@ -68,7 +68,7 @@ def takes_integers(*tensors: Tensor) -> bool:
 def call(name: str, tensor: Tensor | None, *arguments: object) -> None:
     """Call the function ``name`` for ``tensor``'s type; tensors become pointers, None the null pointer.
 
-    The caller has checked shapes and strides: the kernels check nothing but what would write outside of an array.
+    The caller has checked shapes and strides: the kernels check nothing but what would lead outside of an array.
     """
     function = getattr(library, name if tensor is None else name + SUFFIXES[tensor.dtype])
     function(*map(_pointer, arguments), torch.get_num_threads())

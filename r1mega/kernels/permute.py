@@ -75,8 +75,8 @@ def permute(
         rows ``[R, H]``, their weights ``[R]`` and the map that :func:`combine` takes.
 
     Raises:
-        ValueError: for shapes, types or devices that do not fit; and where the C++ kernel runs, for experts and ranks
-            that lead to no row.
+        ValueError: for shapes, types or devices that do not fit; on the CPU for a capacity that is too small; and where
+            the C++ kernel runs, for experts and ranks that lead to no row.
     """
     check.matrix("input_TH", input_TH)
     check.matrix("experts_TK", experts_TK)
@@ -84,7 +84,8 @@ def permute(
     experts_TK = check.integers("experts_TK", experts_TK, choices, device).contiguous()
     ranks_TK = check.integers("ranks_TK", ranks_TK, choices, device).contiguous()
     check.shaped("weights_TK", weights_TK, choices, device)
-    counts_E = check.integers("counts_E", counts_E, counts_E.shape[:1], device)
+    check.vector("counts_E", counts_E)
+    counts_E = check.integers("counts_E", counts_E, counts_E.shape, device)
     if first_row_NE is None:
         first_row_NE = scan(counts_E.unsqueeze(0))[0]
     else:
@@ -99,6 +100,8 @@ def permute(
     if num_rows is None:
         num_rows = experts_TK.numel() if padded or not may_drop else int(counts_E.sum())
     if capacity is not None:
+        if on_host(counts_E) and counts_E.numel() and int(counts_E.max()) > capacity:
+            raise ValueError(f"capacity={capacity}: one expert has {int(counts_E.max())} rows")
         num_rows = counts_E.shape[0] * capacity
         first_of_expert = torch.arange(counts_E.shape[0], device=counts_E.device) * capacity
         first_row_NE = first_row_NE - first_row_NE[0] + first_of_expert
@@ -135,7 +138,7 @@ def _rows_of(input_TH: Tensor, experts_TK: Tensor, ranks_TK: Tensor, first_row_N
         out, *sizes = _rows_for(input_TH, row_map)
         native.call(
             "permute", None, input_TH, experts_TK, ranks_TK, first_row_NE, row_map.row_of_choice, out,
-            experts_TK.shape[0], num_experts, experts_TK.shape[1], row_map.num_rows, *sizes,
+            experts_TK.shape[0], num_experts, experts_TK.shape[1], row_map.dropped, row_map.num_rows, *sizes,
         )  # fmt: skip
         return out
     on_gpu = None
@@ -192,7 +195,7 @@ def copy_rows(input_TH: Tensor, row_map: RowMap) -> Tensor:
     input_TH = _without_gaps_in_rows(input_TH)
     if native.takes(input_TH):
         out, *sizes = _rows_for(input_TH, row_map)
-        native.call("copy_rows", None, input_TH, rows, out, *rows.shape, *sizes)
+        native.call("copy_rows", None, input_TH, rows, out, *rows.shape, row_map.num_rows, *sizes)
         return out
     if is_fake(input_TH):
         return input_TH.new_empty(row_map.num_rows, input_TH.shape[1])
@@ -228,9 +231,9 @@ def sum_rows(rows_RH: Tensor, row_map: RowMap, weights_TK: Tensor | None = None)
     num_tokens, top_k = row_map.row_of_choice.shape
     if native.takes(rows_RH, weights_TK):
         rows_RH, weights_TK = rows_RH.contiguous(), None if weights_TK is None else weights_TK.contiguous()
-        width = rows_RH.shape[1]
-        out = native.empty((num_tokens, width), rows_RH)
-        native.call("sum_rows", rows_RH, rows_RH, row_map.row_of_choice, weights_TK, out, num_tokens, top_k, width)
+        out = native.empty((num_tokens, rows_RH.shape[1]), rows_RH)
+        given = rows_RH, row_map.row_of_choice, weights_TK, out
+        native.call("sum_rows", rows_RH, *given, num_tokens, top_k, *rows_RH.shape)
         return out
     if is_fake(rows_RH):
         return rows_RH.new_empty(num_tokens, rows_RH.shape[1])

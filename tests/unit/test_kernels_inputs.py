@@ -138,7 +138,9 @@ WRONG_PERMUTES = {
     "ranks of fewer choices": ("ranks_TK: .*shape", {"ranks_TK": torch.ones(T, K - 1, **integers)}),
     "weights of fewer choices": ("weights_TK: .*shape", {"weights_TK": torch.ones(T, K - 1)}),
     "tokens of three dimensions": ("input_TH: .*2 dimensions", {"input_TH": torch.ones(T, H, 1)}),
-    "counts of two dimensions": ("counts_E: .*shape", {"counts_E": torch.ones(E, 1, **integers)}),
+    "counts of two dimensions": ("counts_E: .*1 dimension", {"counts_E": torch.ones(1, E, **integers)}),
+    "one count": ("counts_E: .*1 dimension", {"counts_E": torch.tensor(T * K)}),
+    "no room for all rows of an expert": (r"capacity=20: one expert has \d+ rows", {"capacity": 20}),
     "another type of counts": ("counts_E: must be integers", {"counts_E": torch.ones(E)}),
     "first rows of other tiles": ("first_row_NE: .*3 tiles", {"first_row_NE": torch.ones(3, E, **integers)}),
     "first rows of other experts": ("first_row_NE: .*shape", {"first_row_NE": torch.ones(1, E - 1, **integers)}),
@@ -177,6 +179,33 @@ def test_experts_that_do_not_exist_are_refused_where_the_kernel_would_write_outs
     for dtype in (torch.float32, torch.float64):
         with pytest.raises(ValueError, match="lead to rows outside of the 210"):
             permute(torch.ones(T, H, dtype=dtype), torch.ones(T, K), experts, ranks, counts)
+
+
+@pytest.mark.needs_extension
+def test_a_dropped_choice_is_refused_unless_choices_may_be_dropped():
+    experts = choices()
+    experts[7, 2] = E
+    ranks, counts = rank_choices(experts, E)
+    for x in (torch.ones(T, H), torch.ones(T, H).double()):
+        with pytest.raises(ValueError, match="may_drop be True where choices are dropped"):
+            permute(x, torch.ones(T, K), experts, ranks, counts)
+        assert permute(x, torch.ones(T, K), experts, ranks, counts, may_drop=True)[0].shape == (T * K - 1, H)
+
+
+@pytest.mark.needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_map_of_another_stack_that_leads_outside_of_the_rows_is_refused(dtype):
+    rows_of = torch.arange(T * K).view(T, K)
+    rows_of[40, 1] = T * K
+    row_map, message = RowMap(rows_of, T * K), "row_of_choice: leads outside of the 210 rows"
+    rows = torch.ones(T * K, H, dtype=dtype)
+    for use in (
+        lambda: copy_rows(torch.ones(T, H, dtype=dtype), row_map),
+        lambda: combine(rows, row_map),
+        lambda: combine(rows, row_map, torch.ones(T, K, dtype=dtype)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
 
 
 @pytest.mark.needs_extension

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from r1mega.kernels import check, native, triton
 from r1mega.kernels.fake import is_fake
@@ -47,6 +48,7 @@ class _Combine(torch.autograd.Function):
         return sum_rows(rows_RH, row_map)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TH):
         return copy_rows(grad_TH, ctx.row_map), None
 
@@ -59,6 +61,7 @@ class _WeightedCombine(torch.autograd.Function):
         return sum_rows(rows_RH, row_map, weights_TK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TH):
         rows_RH, weights_TK = (tensor.contiguous() for tensor in ctx.saved_tensors)
         row_map = ctx.row_map

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from r1mega.kernels import check, triton
 from r1mega.kernels.linear import Counts, Rows, check_grouped, gradients, grouped_linear
@@ -60,6 +61,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_RF):
         input_RH, gate_up, weight_R = ctx.saved_tensors
         grad_gate_up, grad_weight_R = weighted_swiglu_backward(grad_RF, gate_up, weight_R)

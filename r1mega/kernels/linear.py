@@ -27,6 +27,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from r1mega.kernels import check, triton
 from r1mega.kernels.fake import is_fake, on_host
@@ -76,6 +77,7 @@ class _Linears(torch.autograd.Function):
         return tuple(matmul(input_TI, local(weight).t()) for weight in weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         (input_TI,) = ctx.saved_tensors
         weights, store = ctx.weights, ctx.store
@@ -181,6 +183,7 @@ class _GroupedLinear(torch.autograd.Function):
         return _multiply(input_RI, local(weight).flatten(1, -2).transpose(1, 2), rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_RO):
         (input_RI,) = ctx.saved_tensors
         return *gradients(ctx, grad_RO.contiguous(), input_RI), None, None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from r1mega.kernels import check, cuda, native, triton
 from r1mega.kernels.fake import is_fake, on_host
@@ -119,6 +120,7 @@ class _Permute(torch.autograd.Function):
         return rows, _copy_weights(weights_TK, row_map)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_RH, grad_R):
         row_map = ctx.row_map
         grad_input = None if grad_RH is None else sum_rows(grad_RH, row_map)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from r1mega.kernels.fake import is_fake
@@ -147,6 +148,7 @@ class _PolicyHead(torch.autograd.Function):
         return loss, log_probs_T, entropy_T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, *_):
         assert ctx.gradients is not None, "this backward runs once: it hands over the gradients that the forward made"
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None

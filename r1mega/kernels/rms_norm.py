@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from r1mega.kernels import check, native, triton
 from r1mega.kernels.parameter import WeightGradients, gradient_buffer, like_parameter, local
@@ -39,6 +40,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TH):
         input_TH, scale = ctx.saved_tensors
         parameter, store = ctx.weight, ctx.store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from r1mega.kernels import check, native
 
@@ -40,6 +41,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, cos, sin, interleaved, False, back=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _turn(grad, *ctx.saved_tensors, False, ctx.interleaved, back=True), None, None, None
 

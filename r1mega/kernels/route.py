@@ -34,6 +34,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from r1mega.kernels import check, cuda, native, triton
 from r1mega.kernels.scan import first_rows, reference_scan, scan
@@ -286,6 +287,7 @@ class _Route(torch.autograd.Function):
         return experts, weights, ranks, counts, scores if with_scores else None
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _experts, grad_weights, _ranks, _counts, grad_scores):
         scores, experts = ctx.saved_tensors
         options = ctx.options
@@ -323,6 +325,7 @@ class _RouteOnGPU(torch.autograd.Function):
         return experts, weights, ranks, counts, first_row, sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _experts, grad_weights, *_others):
         if grad_weights is None:
             return None, None, None, None

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from r1mega.kernels import check, native, triton
 
@@ -57,6 +58,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         straight = gate.is_contiguous() and up.is_contiguous()
@@ -92,6 +94,7 @@ class _WeightedSwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up).mul_(weight.to(gate.dtype).unsqueeze(1))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return weighted_swiglu_backward(grad, *ctx.saved_tensors)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from r1mega.pipeline.exchange import Exchange, Pending, Tensors
 
@@ -42,6 +43,7 @@ class _Begin(torch.autograd.Function):
         return inputs[0].new_empty(0)  # what ties the wait to this
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, _tie):
         return None, *ctx.begun.pending.wait()
 
@@ -56,6 +58,7 @@ class _Wait(torch.autograd.Function):
         return received
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         begun = ctx.begun
         begun.pending = begun.exchange.start_backward(*gradients)

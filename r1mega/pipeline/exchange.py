@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Result = TypeVar("Result")
@@ -100,6 +101,7 @@ class _AtOnce(torch.autograd.Function):
         return exchange.start(*inputs).wait()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         return None, *ctx.exchange.start_backward(*gradients).wait()
 

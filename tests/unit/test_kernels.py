@@ -9,9 +9,12 @@ from torch.autograd import gradcheck
 
 from r1mega.kernels import native
 from r1mega.kernels.attention import causal_attention
+from r1mega.kernels.combine import combine
 from r1mega.kernels.grouped_swiglu import grouped_swiglu
 from r1mega.kernels.linear import grouped_linear, linear, linears
+from r1mega.kernels.permute import permute
 from r1mega.kernels.rms_norm import rms_norm
+from r1mega.kernels.route import RouteOptions, rank_choices, route
 from r1mega.kernels.swiglu import swiglu, weighted_swiglu
 from r1mega.pipeline.weight_gradient import WeightGradientStore
 
@@ -170,3 +173,33 @@ def test_attention_is_a_causal_softmax(v_dim, kv_heads):
     gradients, references = (torch.autograd.grad(out.sum(), (q, k, v)) for out in (actual, expected))
     for gradient, reference in zip(gradients, references, strict=True):
         torch.testing.assert_close(gradient, reference)
+
+
+def there_and_back(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """A token's row times its weights, by way of two experts."""
+    experts = torch.tensor([0, 1]).expand(5, 2)
+    rows, _, row_map = permute(x, weights, experts, *rank_choices(experts, 2))
+    return combine(rows, row_map, weights)
+
+
+SECOND_DERIVATIVES = {
+    "linear": (linear, ((5, 3), (4, 3))),
+    "grouped_linear": (lambda x, w: grouped_linear(x, w, [2, 3]), ((5, 3), (2, 4, 3))),
+    "swiglu": (swiglu, ((5, 3), (5, 3))),
+    "weighted_swiglu": (weighted_swiglu, ((5, 6), (5,))),
+    "rms_norm": (lambda x, w: rms_norm(x, w, 1e-6), ((5, 3), (3,))),
+    "route": (lambda logits: route(logits, None, RouteOptions(2)).weights_TK, ((5, 4),)),  # by the extension alone
+    "permute and combine": (there_and_back, ((5, 3), (5, 2))),
+}
+
+
+@pytest.mark.needs_extension
+@pytest.mark.parametrize("name", SECOND_DERIVATIVES)
+def test_a_second_derivative_is_refused_where_it_would_lack_what_the_kernels_add(name):
+    """Kernels are not in the graph of the backward: a gradient penalty would be trained on as if it were constant."""
+    operation, shapes = SECOND_DERIVATIVES[name]
+    inputs = [random(*shape) for shape in shapes]
+    gradients = torch.autograd.grad(operation(*inputs).square().sum(), inputs, create_graph=True)
+    penalty = sum((gradient**2).sum() for gradient in gradients) + inputs[0].sum()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalty.backward()

@@ -12,6 +12,7 @@ node gets its own copies. A copy takes an equal share of its expert's tokens.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,9 +76,16 @@ def place_experts(
         num_nodes: nodes; 1 lets every expert go anywhere.
 
     Raises:
-        ValueError: too few slots, or numbers that do not divide each other.
+        ValueError: too few slots, numbers that do not divide each other, or a load that nothing can have.
     """
     num_experts = len(load)
+    for name, count in (("load", num_experts), ("num_ranks", num_ranks), ("num_groups", num_groups),
+                        ("num_nodes", num_nodes)):  # fmt: skip
+        if count < 1:
+            raise ValueError(f"{name}: there must be 1 at least, not {count}")
+    for expert, tokens in enumerate(load):
+        if not 0 <= tokens < math.inf:
+            raise ValueError(f"load[{expert}]={tokens}: must be a finite number, 0 at least")
     for name, number, divisor in (
         ("experts in groups", num_experts, num_groups),
         ("groups on nodes", num_groups if num_nodes > 1 else num_nodes, num_nodes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator
 
@@ -123,3 +124,21 @@ def test_the_measured_load_of_copies_is_what_was_planned():
 def test_what_cannot_be_placed_is_said(numbers, text):
     with pytest.raises(ValueError, match=text):
         place_experts([1.0] * 8, *numbers)
+
+
+@pytest.mark.parametrize("tokens", [-1.0, math.nan, math.inf])
+def test_a_load_that_nothing_can_have_is_refused_and_not_exchanged_for_ever(tokens):
+    with pytest.raises(ValueError, match=rf"load\[3\]={tokens}: must be a finite number, 0 at least"):
+        place_experts([tokens if expert == 3 else 1.0 for expert in range(8)], 4, 3)
+
+
+@pytest.mark.parametrize(
+    "load, numbers, text",
+    [
+        ([], (1, 1), "load: there must be 1"), ([1.0], (0, 1), "num_ranks: there must be 1"),
+        ([1.0], (1, 1, 0), "num_groups: there must be 1"), ([1.0], (1, 1, 1, 0), "num_nodes: there must be 1"),
+    ],
+)  # fmt: skip
+def test_nothing_is_placed_of_nothing_and_on_nothing(load, numbers, text):
+    with pytest.raises(ValueError, match=text):
+        place_experts(load, *numbers)

@@ -122,7 +122,7 @@ def pack(weights: Sequence[float], num_bins: int, kinds: Sequence[int] | None = 
     Args:
         weights: of the items; ``num_bins`` divides their number.
         num_bins: how many bins.
-        kinds: items of one kind go to different bins while there is one free.
+        kinds: items of one kind go to different bins, if there are not more of them than bins.
 
     Returns:
         The items of each bin.
@@ -134,12 +134,39 @@ def pack(weights: Sequence[float], num_bins: int, kinds: Sequence[int] | None = 
     for item in sorted(range(len(weights)), key=lambda item: (-alike[kinds[item]] if kinds else 0, -weights[item])):
         free = [b for b in range(num_bins) if len(bins[b]) < size]
         other = [b for b in free if kinds is None or all(kinds[i] != kinds[item] for i in bins[b])]
+        if not other and kinds is not None:
+            other = _make_room(bins, total, weights, kinds, item, free)
         best = min(other or free, key=lambda b: total[b])
         bins[best].append(item)
         total[best] += weights[item]
     while _exchange(bins, total, weights, kinds):
         pass
     return bins
+
+
+def _make_room(
+    bins: list[list[int]], total: list[float], weights: Sequence[float], kinds: Sequence[int], item: int,
+    free: Sequence[int],
+) -> list[int]:  # fmt: skip
+    """Where every free bin has one of the item's kind, a full one without gives something to a free one; that bin.
+
+    There is such a pair as long as the kinds of each bin differ: the full bin has more kinds than the free one.
+    """
+    best: tuple[float, int, int, int] | None = None
+    for full in (b for b in range(len(bins)) if all(kinds[i] != kinds[item] for i in bins[b])):
+        for given in bins[full]:
+            for b in free:
+                top = max(total[b] + weights[given], total[full] - weights[given] + weights[item])
+                if all(kinds[i] != kinds[given] for i in bins[b]) and (best is None or top < best[0]):
+                    best = top, full, given, b
+    if best is None:
+        return []
+    _, full, given, b = best
+    bins[full].remove(given)
+    bins[b].append(given)
+    total[full] -= weights[given]
+    total[b] += weights[given]
+    return [full]
 
 
 def _exchange(bins: list[list[int]], total: list[float], weights: Sequence[float], kinds: Sequence[int] | None) -> bool:

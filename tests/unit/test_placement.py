@@ -89,6 +89,16 @@ def test_every_expert_has_a_place_every_slot_an_expert_and_groups_stay_on_their_
         assert all(len(nodes) == 1 for nodes in nodes_of_group.values())
 
 
+def test_a_rank_never_holds_two_copies_of_one_expert():
+    for seed in range(400):
+        draw = random.Random(seed)
+        num_experts, num_ranks = draw.choice([4, 8, 16]), draw.choice([2, 3, 4])
+        slots = draw.randint(-(-num_experts // num_ranks), num_experts)
+        load = [draw.expovariate(1.0) * draw.choice([0, 1, 10]) for _ in range(num_experts)]
+        for of_rank in place_experts(load, num_ranks, slots).experts:
+            assert len(set(of_rank)) == slots, seed
+
+
 def test_a_skewed_load_is_evened_out():
     load = zipf(64, 1.0)
     before, after = gain(load, place_experts(load, 8, 10))

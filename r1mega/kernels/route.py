@@ -145,7 +145,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions, with_
 
 def _check(logits_TE: Tensor, bias_E: Tensor | None, options: RouteOptions) -> None:
     check.matrix("logits_TE", logits_TE)
-    if not logits_TE.is_floating_point():
+    if not logits_TE.is_floating_point() or logits_TE.dtype.itemsize < 4:  # many scores would be equal, rounded so
         raise ValueError(f"logits_TE: must be float32 or wider, not {logits_TE.dtype}")
     num_experts = logits_TE.shape[1]
     if bias_E is not None:

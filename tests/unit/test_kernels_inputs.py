@@ -240,6 +240,7 @@ LOGITS = torch.zeros(T, 8)
     [
         ("logits_TE: .*2 dimensions", LOGITS[0], None, RouteOptions(2)),
         ("logits_TE: must be float32", LOGITS.long(), None, RouteOptions(2)),
+        ("logits_TE: must be float32 or wider, not torch.bfloat16", LOGITS.bfloat16(), None, RouteOptions(2)),
         ("bias_E: .*shape", LOGITS, torch.zeros(7), RouteOptions(2)),
         ("bias_E: .*shape", LOGITS, torch.zeros(1, 8), RouteOptions(2)),
         ("bias_E: .*meta", LOGITS, torch.zeros(8, device="meta"), RouteOptions(2)),

@@ -93,13 +93,13 @@ def paths(given: Routed) -> dict[str, Way]:
 def largest_difference(given: Routed, works: dict[str, Way]) -> float:
     """Between r1mega's results and gradients and those of all others; dense ones where a token chose an expert."""
 
-    def of_choices(tensor: Tensor) -> Tensor:
-        return tensor.gather(1, given.choices.experts_TK) if tensor.shape == given.logits_TE.shape else tensor
+    def of_choices(tensor: Tensor, shape: torch.Size) -> Tensor:
+        return tensor if tensor.shape == shape else tensor.gather(1, given.choices.experts_TK)
 
     pairs = []
     first, *others = [work() for work in works.values()]
     for other in others:
-        pairs += [(a, of_choices(b)) for a, b in zip(first, other, strict=True)]
+        pairs += [(a, of_choices(b, a.shape)) for a, b in zip(first, other, strict=True)]
     generator = torch.Generator(given.x_TH.device).manual_seed(2)
     grad_TK = torch.randn(given.choices.experts_TK.shape, generator=generator, device=given.x_TH.device)
     routers = []
@@ -107,7 +107,7 @@ def largest_difference(given: Routed, works: dict[str, Way]) -> float:
         logits = leaf(given.logits_TE)
         weights = functions.route(logits)
         grad = given.dense(grad_TK) if weights.shape == logits.shape else grad_TK
-        routers.append((of_choices(weights), torch.autograd.grad(weights, logits, grad)[0]))
+        routers.append((of_choices(weights, grad_TK.shape), torch.autograd.grad(weights, logits, grad)[0]))
     for other in routers[1:]:
         pairs += list(zip(routers[0], other, strict=True))
     return max(float((a - b).detach().float().abs().max()) for a, b in pairs)

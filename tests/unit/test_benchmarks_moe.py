@@ -50,6 +50,12 @@ def test_the_routing_benchmark_has_every_stage_both_ways_beside_every_peer(dtype
     assert "moved MB" in printed and "of 2 peers take 3 times as long" in printed
 
 
+def test_the_routing_benchmark_runs_where_tokens_are_as_wide_as_there_are_experts(monkeypatch):
+    monkeypatch.setattr(routing, "machine_rates", lambda device, dtype: (1e10, 1e11))
+    monkeypatch.setattr(sys, "argv", ["routing.py", *ROUTING, "--hidden", "4"])
+    assert routing.main() == 0
+
+
 @pytest.mark.parametrize("what", ["route", "permute", "combine"])
 def test_a_peer_whose_results_differ_fails_the_routing_benchmark(what, monkeypatch, capsys):
     right = getattr(routing_functions.PyTorch, what)

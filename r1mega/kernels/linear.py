@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r1mega.kernels import check, triton
-from r1mega.kernels.fake import is_fake, on_host
+from r1mega.kernels.fake import has_no_numbers, is_fake, on_host
 from r1mega.kernels.parameter import WeightGradients, like_parameter, local
 from r1mega.kernels.products import add_matmul, group_matmul, group_outer, matmul
 
@@ -171,6 +171,8 @@ class Rows:
         """The rows of an operation on ``input_RI``."""
         if on_host(input_RI) and not triton.takes(input_RI):
             return cls(counts.tolist() if isinstance(counts, Tensor) else counts)
+        if has_no_numbers(input_RI) and not isinstance(counts, Tensor):
+            return cls(counts)
         counts_E = torch.as_tensor(counts, device=input_RI.device)
         return cls(None, counts_E.cumsum(0, dtype=torch.int32))
 

@@ -83,7 +83,7 @@ def _pointer(argument: object) -> object:
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """A new tensor of the type and device of ``like``; a large one's memory is used again when nothing refers to it."""
     num_bytes = math.prod(shape) * like.element_size()
-    if library is None or num_bytes < REUSED_BYTES:
+    if library is None or type(like) not in PLAIN or num_bytes < REUSED_BYTES:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     return torch.frombuffer(library.Buffer(num_bytes), dtype=like.dtype).view(shape)
 

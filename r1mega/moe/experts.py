@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import Shard
 
 from r1mega.config import MoEConfig
-from r1mega.kernels.fake import is_fake
+from r1mega.kernels.fake import has_no_numbers
 from r1mega.kernels.grouped_swiglu import grouped_swiglu
 from r1mega.kernels.linear import Counts, grouped_linear
 from r1mega.kernels.parameter import WeightGradients
@@ -83,7 +83,7 @@ class Experts(nn.Module):
 
 def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[Any]:
     """While inside, autograd keeps ``make`` in place of ``tensor``, and calls it when the backward wants the tensor."""
-    if is_fake(tensor):  # it has no address, and needs no memory
+    if has_no_numbers(tensor):  # it has no address, and needs no memory
         return nullcontext()
     address, shape = tensor.data_ptr(), tensor.shape
 

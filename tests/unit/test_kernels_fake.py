@@ -217,3 +217,28 @@ def test_a_whole_layer_runs_forward_and_backward_without_numbers(kind: str, stat
     loss = sum(losses.values(), out.float().sum())
     check(out, (10, 12), BF16)
     check(loss, (), F32, x, *layer.parameters())
+
+
+def exported(operation, *inputs: Tensor) -> Tensor:
+    """What the program gives that ``torch.export`` records of an operation."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return operation(*inputs)
+
+    return torch.export.export(Module(), inputs, strict=False).module()(*inputs)
+
+
+def test_an_exported_program_computes_what_the_operation_does():
+    experts = torch.tensor([[0, 1], [2, 0], [1, 2]])
+    ranks, counts = rank_choices(experts, 3)
+    x, weights, logits, w = torch.randn(3, 4), torch.rand(3, 2), torch.randn(3, 8), torch.randn(3, 5, 4)
+    rows, _, row_map = permute(x, weights, experts, ranks, counts)
+    for operation, inputs in (
+        (lambda logits: route(logits, None, RouteOptions(2)).weights_TK, (logits,)),
+        (lambda x: permute(x, weights, experts, ranks, counts)[0], (x,)),
+        (lambda rows: combine(rows, row_map), (rows,)),
+        (lambda rows, weights: combine(rows, row_map, weights), (rows, weights)),
+        (lambda rows, w: grouped_linear(rows, w, [2, 2, 2]), (rows, w)),
+    ):
+        torch.testing.assert_close(exported(operation, *inputs), operation(*inputs))

@@ -109,10 +109,16 @@ class Dispatch:
 
     @property
     def rows_again(self) -> Callable[[], Tensor]:
-        """Copies the experts' rows once more from what was kept; holds none of :attr:`inputs`. Not differentiable."""
-        if self.plan is not None:
+        """Copies the experts' rows once more from what was kept; holds none of :attr:`inputs`. Not differentiable.
+
+        Raises:
+            ValueError: where the dispatcher does not keep them.
+        """
+        if self.plan is not None and self.plan.keep_source:
             return self.plan.rows_again
-        assert self.source is not None and self.row_map is not None
+        if self.source is None:
+            raise ValueError("keep_source=False: this dispatcher keeps nothing to copy rows from again")
+        assert self.row_map is not None
         return partial(copy_rows, self.source, self.row_map)
 
 
@@ -192,8 +198,15 @@ class AllToAllDispatcher:
     def prepare_chunks(
         self, hidden_TH: Tensor, routing: Routing, num_chunks: int, padded_capacity: int | None = None
     ) -> list[Dispatch]:
-        """:meth:`prepare` with the tokens cut into ``num_chunks`` parts, whose counts are one message."""
-        assert not self.is_local
+        """:meth:`prepare` with the tokens cut into ``num_chunks`` parts, whose counts are one message.
+
+        Raises:
+            ValueError: as :meth:`prepare` does; and where nothing leaves the rank, or there would be no part.
+        """
+        if self.is_local:
+            raise ValueError("ep: has one rank, and no messages to cut into chunks; prepare() is for it")
+        if num_chunks < 1:
+            raise ValueError(f"num_chunks={num_chunks}: must be at least 1")
         self._check(hidden_TH, routing)
         return self._prepare_parts(hidden_TH, routing, num_chunks, padded_capacity)
 

@@ -92,6 +92,16 @@ def test_a_dispatcher_that_cannot_be_is_refused():
         AllToAllDispatcher(10, ThreeRanks())
 
 
+def test_what_a_dispatcher_was_not_made_for_is_refused():
+    routing, alone = routing_of(choices(), torch.ones(T, K), E), dispatcher_of()
+    with pytest.raises(ValueError, match="keep_source=False"):
+        _ = alone.dispatch(torch.ones(T, H), routing).rows_again
+    with pytest.raises(ValueError, match="ep: has one rank"):
+        alone.prepare_chunks(torch.ones(T, H), routing, 2)
+    with pytest.raises(ValueError, match="num_chunks=0: must be at least 1"):
+        dispatcher_of(ThreeRanks()).prepare_chunks(torch.ones(T, H), routing, 0)
+
+
 @pytest.mark.parametrize(
     "message, experts, weights",
     [

@@ -9,6 +9,12 @@
 #include <emmintrin.h>
 #endif
 
+// Where exponential() is limited, what follows from it is a constant: GCC would compute that in a second branch, which
+// in vector code is a second division for every number (a SwiGLU of 8 million: 9.7 ms, and 5.1 with this).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-thread-jumps")
+#endif
+
 #define R1MEGA_JOIN_(a, b) a##b
 #define R1MEGA_JOIN(a, b) R1MEGA_JOIN_(a, b)
 #define R1MEGA_TEXT_(a) #a

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -113,3 +114,18 @@ def test_an_exchange_at_once_is_differentiable() -> None:
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: exchange_at_once(Doubling([], "x"), x)[0] * weight, (x,))
+
+
+class VectorLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, activations: tuple[Tensor, ...], microbatch: Any) -> StageOutput:
+        return StageOutput(losses=(self.weight * 2,))
+
+
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    executor = PipelineExecutor(Table.from_csv("0F0,0B0,0R"), {0: VectorLoss()}, None)
+    with pytest.raises(ValueError, match=r"is a scalar, not of shape \[3\]"):
+        executor.run([None])
